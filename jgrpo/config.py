@@ -1,0 +1,232 @@
+"""Every setting of a run: frozen dataclasses, one for each stage of the data flow.
+
+The command line and the YAML file are both generated from these classes (`jgrpo.cli`), so a field,
+its default and its docstring exist once. Field names are those of the ecosystem (TRL, PEFT, verl)
+where one exists; every field name is unique across the sections, which is what lets a flag
+be written without its section (`--learning-rate`, not `--optimizer.learning-rate`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model."""
+
+    model: str = "demo"
+    """Local directory or hub id of a Hugging Face checkpoint; "demo" is the model shipped with jgrpo."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; auto: bfloat16 on a GPU or TPU, float32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How the frozen base weights are stored."""
+
+    quantization: Literal["int4", "none"] = "int4"
+    """int4: symmetric, group-wise along the input axis; none: the compute dtype."""
+    group_size: Literal[32, 64, 128] = 64
+    """Input elements that share one scale."""
+    skip_modules: tuple[str, ...] = ("lm_head", "embed_tokens")
+    """Modules that stay unquantized (Hugging Face leaf names). q, k and v are stored as one matrix, and
+    so are gate and up: naming one keeps its partners unquantized too."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The trained adapter (Hu et al. 2021, arXiv:2106.09685; conventions of PEFT)."""
+
+    lora_rank: int = 32
+    """Rank R."""
+    lora_alpha: float = 64.0
+    """Scale numerator: the update is alpha / R · B A x."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(R) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input, in the training forward only."""
+    target_modules: tuple[str, ...] = LINEAR_MODULES
+    """Linear layers that get an adapter."""
+
+    @property
+    def scale(self) -> float:
+        """Factor in front of B A x."""
+        return self.lora_alpha / (self.lora_rank**0.5 if self.use_rslora else self.lora_rank)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts."""
+
+    dataset: str = "countdown"
+    """Built-in task name, hub id, or path of a .jsonl, .json, .parquet or .csv file."""
+    dataset_split: str = "train"
+    """Split of a hub data set."""
+    eval_dataset: str | None = None
+    """Held-out prompts, same forms as dataset; none: the built-in task's own held-out split, if there is one."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages."""
+    system_prompt: str | None = None
+    """System message put before every prompt (needs a chat template)."""
+    max_prompt_length: int = 64
+    """Prompt tokens P; static shape of the prefill."""
+    overlong_prompts: Literal["drop", "truncate"] = "drop"
+    """What happens to a prompt above max_prompt_length; truncate keeps the last tokens."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling of completions."""
+
+    num_generations: int = 8
+    """Completions G of each prompt (at least 2)."""
+    max_completion_length: int = 96
+    """New tokens C at most; static shape of the decode loop."""
+    temperature: float = 1.0
+    """Divides the logits, in the sampler and in the trainer's log-probabilities alike."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability (nucleus); 1: all."""
+    min_p: float = 0.0
+    """Keep tokens with at least this fraction of the most likely token's probability; 0: all."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion besides the model's own EOS ids."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Reward functions."""
+
+    reward_functions: tuple[str, ...] = ()
+    """Registry names or dotted paths (package.module.function); empty: the built-in task's own."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight for each function; empty: 1 each."""
+    reward_timeout: float = 30.0
+    """Seconds that one call of a reward function may take."""
+    reward_errors: Literal["abort", "ignore"] = "abort"
+    """A function that raises, hangs or returns the wrong length: stop the run, or count its rewards as None."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The policy-gradient objective (docs/algorithms.md)."""
+
+    beta: float = 0.0
+    """Weight of the KL term against the base model (adapter off); 0: no reference forward at all."""
+    epsilon: float = 0.2
+    """Lower clip bound of the ratio: 1 - epsilon."""
+    epsilon_high: float | None = None
+    """Upper clip bound: 1 + epsilon_high; none: epsilon."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What divides the centred reward: the group's std, the batch's, or nothing."""
+    aggregation: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    """How token losses become one number."""
+    num_iterations: int = 1
+    """Passes over one rollout batch (mu of the GRPO paper)."""
+    num_minibatches: int = 1
+    """Optimizer steps in one pass; each sees prompts_per_step / num_minibatches prompts."""
+    mask_truncated_completions: bool = False
+    """Leave completions without EOS out of the loss (their rewards stay in the baseline)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_b1: float = 0.9
+    """Decay of the first moment."""
+    adam_b2: float = 0.99
+    """Decay of the second moment."""
+    max_grad_norm: float = 1.0
+    """Clip bound of the global gradient norm."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = 60
+    """Rollout batches to train on."""
+    seed: int = 0
+    """Seed of everything random."""
+    prompts_per_step: int = 16
+    """Prompts Q of one rollout batch; Q · num_generations completions."""
+    microbatch_size: int = 64
+    """Completions in one forward and backward; divides the completions of a minibatch."""
+    remat: bool = True
+    """Recompute each layer in the backward instead of keeping its activations."""
+    logprob_chunk: int = 4096
+    """Positions whose logits exist at the same time in the training forward."""
+    max_nonfinite_steps: int = 5
+    """Abort after this many updates in a row with a non-finite loss or gradient."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run directory."""
+
+    output_dir: str = "runs/{name}-{time}"
+    """Where everything is written; {name} is the dataset's, {time} the start time."""
+    resume: bool = False
+    """Continue the run in output_dir from its last checkpoint."""
+    save_every: int = 20
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out accuracy during the run."""
+
+    eval_every: int = 20
+    """Steps between evaluations, besides the first and the last; 0: never."""
+    eval_prompts: int = 128
+    """Held-out prompts."""
+    eval_temperature: float = 0.0
+    """Temperature of the evaluation's completions; 0: greedy."""
+
+
+@dataclass(frozen=True)
+class ReportingConfig:
+    """What is shown and written about the run."""
+
+    log_completions_every: int = 10
+    """Steps between tables of sample completions; 0: never."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: bool = False
+    """Log to Weights & Biases (if installed)."""
+    wandb_project: str = "jgrpo"
+    """Its project name."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    reporting: ReportingConfig = field(default_factory=ReportingConfig)
