@@ -1,0 +1,171 @@
+"""Saving and restoring the state of a run with Orbax: the adapter, the optimizer, the random key, the data cursor.
+
+One directory a checkpoint, three items in it: `lora` (the adapter, readable on its own), `rest` (every other array of
+the state) and `meta` (JSON: metrics position, settings). Orbax writes to a temporary directory and renames it, so a
+checkpoint exists whole or not at all; the base model is never written and never needed to restore.
+
+Saving is synchronous: an adapter and its moments are some hundred MB at most, and a save that has returned is on disk,
+which is what stopping on a signal relies on.
+"""
+
+import errno
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jgrpo.errors import UserError
+
+_DISK_ERRORS = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit"}
+_TEMPORARY = "*.orbax-checkpoint-tmp*"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last.
+
+    Args:
+        directory: where they are; made if missing.
+        keep_last: number kept; older ones are deleted after a newer one is complete.
+    """
+
+    def __init__(self, directory: Path, keep_last: int):
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last,
+            step_prefix="step",
+            step_format_fixed_length=6,
+            enable_async_checkpointing=False,
+        )
+        _remove_unfinished(self.directory)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, lora: Mapping[str, Any], rest: Any, meta: Mapping[str, Any]) -> None:
+        """Write a checkpoint; a step that is already saved is left alone.
+
+        Args:
+            step: its number, steps trained on.
+            lora: adapter pytree.
+            rest: pytree of every other array.
+            meta: JSON-serializable.
+
+        Raises:
+            UserError: the disk is full; earlier checkpoints are intact.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            lora=ocp.args.StandardSave(lora), rest=ocp.args.StandardSave(rest), meta=ocp.args.JsonSave(dict(meta))
+        )
+        with _disk_errors(self.directory, self.latest_step):
+            self._manager.save(step, args=items)
+
+    def restore(self, lora: Mapping[str, Any], rest: Any) -> tuple[Mapping[str, Any], Any, dict[str, Any]]:
+        """The newest checkpoint as (lora, rest, meta).
+
+        Args:
+            lora, rest: pytrees of arrays or `jax.ShapeDtypeStruct` with the shapes to expect. A leaf with a sharding
+                is restored to it, any other leaf to the first device.
+
+        Raises:
+            UserError: there is no complete checkpoint.
+        """
+        step = self._require_latest()
+        items = ocp.args.Composite(
+            lora=ocp.args.StandardRestore(_targets(lora)),
+            rest=ocp.args.StandardRestore(_targets(rest)),
+            meta=ocp.args.JsonRestore(),
+        )
+        restored = self._manager.restore(step, args=items)
+        return restored["lora"], restored["rest"], restored["meta"]
+
+    def meta(self) -> dict[str, Any]:
+        """The JSON part of the newest checkpoint.
+
+        Raises:
+            UserError: there is no complete checkpoint.
+        """
+        step = self._require_latest()
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def close(self) -> None:
+        """Release Orbax's threads."""
+        self._manager.close()
+
+    def _require_latest(self) -> int:
+        step = self.latest_step
+        if step is None:
+            raise UserError(f"{self.directory} holds no complete checkpoint: expected a run saved at least once")
+        return step
+
+
+def load_adapter(directory: Path) -> tuple[int, Mapping[str, Any]]:
+    """Step and adapter of the newest checkpoint in a run's `checkpoints/`, without knowing the model or the optimizer.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    if not Path(directory).is_dir():
+        raise UserError(f"{directory} is not a directory: expected the checkpoints of a run")
+    steps = {int(path.name.removeprefix("step_")): path for path in Path(directory).absolute().glob("step_??????")}
+    if not steps:
+        raise UserError(f"{directory} holds no complete checkpoint: expected a run saved at least once")
+    step = max(steps)
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = steps[step] / "lora"
+        saved = checkpointer.metadata(path).item_metadata.tree
+        return step, checkpointer.restore(path, _targets(saved))
+
+
+def _targets(tree: Any) -> Any:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct | jax.Array) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or here)
+
+    return jax.tree.map(target, tree)
+
+
+@contextmanager
+def _disk_errors(directory: Path, last: int | None) -> Iterator[None]:
+    """Turn a full disk into one line, and give back what the unfinished checkpoint took."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)  # Orbax logs the traceback of the error that is reported here
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        _remove_unfinished(directory)
+        intact = "no earlier checkpoint exists" if last is None else f"the checkpoint of step {last} is intact"
+        raise UserError(
+            f"checkpoint not saved in {directory}: {reason}; {intact}; free some space and run again with --resume"
+        ) from error
+    finally:
+        absl.setLevel(level)
+
+
+def _remove_unfinished(directory: Path) -> None:
+    for unfinished in directory.glob(_TEMPORARY):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _disk_error(error: OSError | ValueError) -> str | None:
+    """What the disk refused, or None if it is another error. TensorStore puts the errno in its text."""
+    if isinstance(error, OSError):
+        return _DISK_ERRORS.get(error.errno or 0)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return _DISK_ERRORS.get(int(code.group(1))) if code else None
