@@ -1,0 +1,96 @@
+"""The adapter: y = W x + scale · B A x (Hu et al. 2021, arXiv:2106.09685), with PEFT's init, scale and layout.
+
+An adapter is a plain pytree `{module: {"a": [L, R, in], "b": [L, out, R]}}`, separate from the frozen base; `{}` is the
+base model itself. q, k and v (and gate and up) read the same input and are one matrix in the base, so `fuse`
+stacks their A's and lays their B's out block-diagonally: one adapter matmul for each base matmul. Deviation
+from PEFT: modules fused this way share one dropout mask.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jgrpo.config import LINEAR_MODULES, LoraConfig
+from jgrpo.errors import UserError
+
+if TYPE_CHECKING:  # `jgrpo.models` stands above this module and imports it
+    from jgrpo.models.config import ModelConfig
+
+Params = Mapping[str, Any]
+
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "out": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The base's matrices and the modules in each, in the order of their rows."""
+
+
+def module_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
+    """`(out, in)` of every linear module."""
+    q, k, v = config.qkv_splits
+    width, mlp = config.hidden_size, config.intermediate_size
+    shapes = ((q, width), (k, width), (v, width), (width, q), (mlp, width), (mlp, width), (width, mlp))
+    return dict(zip(LINEAR_MODULES, shapes, strict=True))
+
+
+def init_lora(key: Array, lora_config: LoraConfig, config: "ModelConfig") -> dict[str, dict[str, Array]]:
+    """A fresh float32 adapter: A Kaiming-uniform as in PEFT, B zero, so that policy == reference at step 0."""
+    shapes = module_shapes(config)
+    if unknown := [name for name in lora_config.target_modules if name not in shapes]:
+        raise UserError(f"target_modules: {unknown[0]!r} is not a linear layer; expected some of {', '.join(shapes)}")
+    rank = lora_config.lora_rank
+
+    def module(key: Array, out: int, width: int) -> dict[str, Array]:
+        # kaiming_uniform_(a=√5) is uniform in ±1/√fan_in.
+        bound = 1 / math.sqrt(width)
+        a = jax.random.uniform(key, (config.num_layers, rank, width), jnp.float32, -bound, bound)
+        return {"a": a, "b": jnp.zeros((config.num_layers, out, rank), jnp.float32)}
+
+    targets = [name for name in LINEAR_MODULES if name in lora_config.target_modules]
+    keys = jax.random.split(key, len(targets))
+    return {name: module(k, *shapes[name]) for name, k in zip(targets, keys, strict=True)}
+
+
+def fuse(lora: Params, config: "ModelConfig", scale: float, dtype: Any) -> dict[str, tuple[Array, Array]]:
+    """`{matrix: (a [..., ΣR, in], b [..., N, ΣR])}` for the base's matrices, with `scale` in `a`.
+
+    Works on the stacked adapter and on one layer's slice of it alike.
+    """
+    shapes = module_shapes(config)
+    fused = {}
+    for matrix, names in FUSED.items():
+        present = [name for name in names if name in lora]
+        if present:
+            a = jnp.concatenate([lora[name]["a"] for name in present], axis=-2)
+            b = _block_diagonal([(lora.get(name), shapes[name][0]) for name in names])
+            fused[matrix] = ((scale * a).astype(dtype), b.astype(dtype))
+    return fused
+
+
+def _block_diagonal(parts: list[tuple[Params | None, int]]) -> Array:
+    """B's of the modules below each other, each in its own columns; rows of an untargeted module are zero."""
+    ranks = [0 if part is None else part["b"].shape[-1] for part, _ in parts]
+    blocks, before = [], 0
+    lead = next(part["b"].shape[:-2] for part, _ in parts if part is not None)
+    for (part, rows), rank in zip(parts, ranks, strict=True):
+        body = jnp.zeros((*lead, rows, 0)) if part is None else part["b"]
+        pad = [(0, 0)] * (body.ndim - 1) + [(before, sum(ranks) - before - rank)]
+        blocks.append(jnp.pad(body, pad))
+        before += rank
+    return jnp.concatenate(blocks, axis=-2)
+
+
+def layer_slice(lora: Params, layer: int | Array) -> Params:
+    """The adapter of one layer."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), lora)
+
+
+def module_delta(lora: Params, name: str, scale: float) -> Array:
+    """scale · B A `[L, out, in]` of one module in float32: what merging adds to its weight."""
+    return scale * jnp.einsum("lnr,lrk->lnk", lora[name]["b"], lora[name]["a"], precision=jax.lax.Precision.HIGHEST)

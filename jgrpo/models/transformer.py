@@ -1,0 +1,231 @@
+"""The one decoder-only transformer: rollout, old policy, reference and training forward are all this module.
+
+`model.apply({"params": base, "lora": lora}, …)`: with an adapter it is the policy, with `lora = {}` the reference. Layers are
+stacked `[L, …]`, and a layer reads its weights by index: whole-sequence forwards scan over the index; decoding
+loops over it and hands stacks and index to the kernels, which add an offset instead of slicing a copy.
+Weights that come as one array for each layer (a tuple) are decoded in an unrolled loop: no stack, nothing to slice.
+
+Linen is used for what it gives here, the split of the collections and a hashable module; parameters are plain
+pytrees (`base_shapes` states them), because `Int4Weight` leaves and stacked layers are not Linen's own.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+import pallas_kernels
+from jgrpo.config import LoraConfig
+from jgrpo.lora import fuse, layer_slice
+from jgrpo.models.attention import causal_attention
+from jgrpo.models.cache import KVCache
+from jgrpo.models.config import ModelConfig
+from jgrpo.models.parameters import init_base
+from jgrpo.models.rope import apply_rope, inverse_frequencies
+from jgrpo.quantization import Weight, embed, matmul
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""(q, k, v) of one layer, rotated -> (attention output, whatever the caller keeps of k and v)."""
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """x / rms(x) · scale (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32, scaled in `x.dtype`."""
+    # y = x / √(mean(x²) + ε)
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Transformer(nn.Module):
+    """Hashable, so a static argument of `jit`; `lora` gives the adapter's scale and dropout, `dtype` the compute dtype."""
+
+    config: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], *, remat: bool = False, dropout: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states (normed) of right-padded rows, each starting at position 0.
+
+        `remat` recomputes each layer in the backward; `dropout` draws the adapter's mask from the rng "dropout".
+        """
+        base, lora = self._base(), self._lora()
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        key = self.make_rng("dropout") if dropout and self.lora.lora_dropout > 0 else None
+
+        def body(x: Array, layer: Array) -> tuple[Array, None]:
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                return causal_attention(q, k, v, lengths, self._window(layer)), None
+
+            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
+            return self._layer(x, positions, base["layers"], layer, adapter, attend, layer_key)
+
+        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        x, _ = jax.lax.scan(body, embed(base["embed"], tokens, self.dtype), jnp.arange(self.config.num_layers))
+        return rms_norm(x, base["final_norm"], self.config.rms_norm_eps)
+
+    @nn.compact
+    def prefill(
+        self, tokens: Int[Array, "Q P"], lengths: Int[Array, " Q"]
+    ) -> tuple[Float[Array, "Q D"], tuple[Float[Array, "L Q K P Hd"], Float[Array, "L Q K P Hd"]]]:
+        """Hidden state (normed) of each prompt's last token, and the keys and values of every layer."""
+        base, lora = self._base(), self._lora()
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+        def body(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+                kept = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+                return causal_attention(q, k, v, lengths, self._window(layer)), kept
+
+            adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
+            return self._layer(x, positions, base["layers"], layer, adapter, attend)
+
+        x, kv = jax.lax.scan(body, embed(base["embed"], tokens, self.dtype), jnp.arange(self.config.num_layers))
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return rms_norm(last, base["final_norm"], self.config.rms_norm_eps), kv
+
+    @nn.compact
+    def decode(self, tokens: Int[Array, "Q G"], cache: KVCache) -> tuple[Float[Array, "Q G D"], KVCache]:
+        """One more token for every row: hidden states (normed) and the cache with slot `cache.length` written."""
+        base, lora = self._base(), self._lora()
+        adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
+        positions = jnp.broadcast_to(cache.prompt_lengths[:, None] + cache.length, tokens.shape)
+
+        def body(layer: int | Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            x, keys, values = carry
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+                slot = (layer, 0, 0, 0, cache.length, 0)
+                written_k = jax.lax.dynamic_update_slice(keys, k[None, :, :, :, None].astype(keys.dtype), slot)
+                written_v = jax.lax.dynamic_update_slice(values, v[None, :, :, :, None].astype(values.dtype), slot)
+                out = pallas_kernels.decode_attention(
+                    q,
+                    cache.prompt_k,
+                    cache.prompt_v,
+                    cache.prompt_lengths,
+                    written_k,
+                    written_v,
+                    cache.length + 1,
+                    layer=layer,
+                    scale=self.config.head_dim**-0.5,
+                    window=self._window(layer),
+                )
+                return out, (written_k, written_v)
+
+            x, (keys, values) = self._layer(x, positions, base["layers"], layer, adapter, attend)
+            return x, keys, values
+
+        carry = (embed(base["embed"], tokens, self.dtype), cache.k, cache.v)
+        if any(isinstance(weight, tuple) for weight in base["layers"].values()):
+            for layer in range(self.config.num_layers):
+                carry = body(layer, carry)
+        else:
+            carry = jax.lax.fori_loop(0, self.config.num_layers, body, carry)
+        x, keys, values = carry
+        hidden = rms_norm(x, base["final_norm"], self.config.rms_norm_eps)
+        return hidden, dataclasses.replace(cache, k=keys, v=values, length=cache.length + 1)
+
+    @nn.compact
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits; for a handful of positions only, never for `[B, T]`."""
+        return matmul(hidden, self.head_weight(), out_dtype=jnp.float32)
+
+    @nn.compact
+    def head_weight(self) -> Weight:
+        """The output matrix `[V, D]`, which is the embedding where the two are tied."""
+        base = self._base()
+        return base["embed"] if self.config.tie_embeddings else base["head"]
+
+    def _layer(
+        self,
+        x: Array,
+        positions: Array,
+        weights: Any,
+        layer: int | Array,
+        adapter: dict[str, tuple[Array, Array]],
+        attend: Attend,
+        dropout_key: Array | None = None,
+    ) -> tuple[Array, Any]:
+        """x + attention(norm x), then x + mlp(norm x), with x `[…, D]` and positions `[…]`."""
+        cfg = self.config
+        linear = _Linear(weights, layer, adapter, self.lora.lora_dropout, dropout_key)
+
+        h = rms_norm(x, weights["input_norm"][layer], cfg.rms_norm_eps)
+        q, k, v = self._heads(linear("qkv", h), weights, layer)
+        inv_freq = inverse_frequencies(cfg.rope, cfg.head_dim)
+        attended, kept = attend(apply_rope(q, positions, inv_freq), apply_rope(k, positions, inv_freq), v)
+        x = x + linear("out", attended.reshape(*x.shape[:-1], -1))
+
+        h = rms_norm(x, weights["post_norm"][layer], cfg.rms_norm_eps)
+        gate, up = jnp.split(linear("gate_up", h), 2, axis=-1)
+        return x + linear("down", jax.nn.silu(gate) * up), kept
+
+    def _heads(self, qkv: Array, weights: Any, layer: int | Array) -> tuple[Array, Array, Array]:
+        """Split the fused projection into heads `[…, heads, Hd]`, with QK-norm where the family has it."""
+        cfg = self.config
+        q_rows, k_rows, _ = cfg.qkv_splits
+        heads = (
+            part.reshape(*part.shape[:-1], -1, cfg.head_dim)
+            for part in jnp.split(qkv, [q_rows, q_rows + k_rows], axis=-1)
+        )
+        q, k, v = heads
+        if cfg.qk_norm:
+            q = rms_norm(q, weights["q_norm"][layer], cfg.rms_norm_eps)
+            k = rms_norm(k, weights["k_norm"][layer], cfg.rms_norm_eps)
+        return q, k, v
+
+    def _window(self, layer: int | Array) -> int | Array | None:
+        """Sliding window of the layer; an array only where layers differ and the index is traced."""
+        if not self.config.mixed_windows:
+            return self.config.uniform_window
+        unlimited = jnp.iinfo(jnp.int32).max
+        return jnp.asarray([unlimited if w is None else w for w in self.config.windows], jnp.int32)[layer]
+
+    def _base(self) -> Any:
+        if self.has_variable("params", "embed"):
+            return self.variables["params"]
+        created = init_base(self.make_rng("params"), self.config, self.dtype)
+        return {name: self.param(name, lambda _, value=value: value) for name, value in created.items()}
+
+    def _lora(self) -> Any:
+        return self.variables.get("lora", {})
+
+
+class _Linear:
+    """The linear layers of one layer: base matrix, bias and adapter behind one name."""
+
+    def __init__(
+        self, weights: Any, layer: int | Array, adapter: dict[str, tuple[Array, Array]], rate: float, key: Array | None
+    ) -> None:
+        self.weights, self.layer, self.adapter, self.rate, self.key = weights, layer, adapter, rate, key
+
+    def __call__(self, name: str, x: Array) -> Array:
+        weight, adapter = self.weights[name], self.adapter.get(name)
+        if adapter is not None and self.key is not None:
+            y = matmul(x, weight, self.layer)
+            a, b = adapter
+            y = y + jnp.einsum("...r,nr->...n", jnp.einsum("...k,rk->...r", self._drop(name, x), a), b)
+        else:
+            y = matmul(x, weight, self.layer, adapter)
+        bias = self.weights.get(f"{name}_bias")
+        return y if bias is None else y + bias[self.layer].astype(y.dtype)
+
+    def _drop(self, name: str, x: Array) -> Array:
+        # Inverted dropout on the adapter's input, one mask for each base matrix.
+        assert self.key is not None
+        key = jax.random.fold_in(self.key, sorted(self.adapter).index(name))
+        keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def _is_fused(lora: Any) -> bool:
+    """Whether the rollout has already fused the adapter (`jgrpo.lora.fuse`), as it does once before its loop."""
+    return bool(lora) and all(isinstance(part, tuple) for part in lora.values())
