@@ -1,0 +1,130 @@
+"""Find a Hugging Face checkpoint and index its tensors, without reading their data.
+
+A checkpoint is a local directory, a hub id (downloaded by `huggingface_hub` into its cache), or "demo", the model
+shipped with jgrpo. It holds `model.safetensors`, or shards listed by `model.safetensors.index.json`.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jgrpo.checkpoints.safetensors_io import TensorInfo, read_header
+from jgrpo.errors import UserError
+from jgrpo.models import ModelConfig, model_config_from_hf
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
+    """The directory of a checkpoint: a local one, a downloaded snapshot, or the packaged demo model.
+
+    Raises UserError if it is neither a directory nor a hub id that can be fetched.
+    """
+    if model == "demo":
+        return Path(str(resources.files("jgrpo") / "demo" / "model"))
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.is_file():
+        raise UserError(
+            f"model {str(model)!r} is a file; expected the directory that holds config.json and safetensors"
+        )
+    return _download(str(model), revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_DOWNLOADED)))
+    except HFValidationError as error:
+        raise UserError(
+            f"model {repository!r}: no such directory, and not a hub id like 'Qwen/Qwen2.5-1.5B'"
+        ) from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"model {repository!r} is gated: accept its licence on the hub, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"model {repository!r} has no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"model {repository!r}: no such directory, and no such hub repository (or no access)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise UserError(
+            f"model {repository!r}: no such directory, and the hub could not be reached ({type(error).__name__}); "
+            "go online once, or give the path of a downloaded checkpoint"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The dictionary of `config.json`; UserError if it is missing, broken, or of an already quantized model."""
+    file = path / "config.json"
+    if not file.is_file():
+        hint = "; this is a PEFT adapter, give its base model" if (path / "adapter_config.json").is_file() else ""
+        raise UserError(f"{path}: no config.json, so not a Hugging Face checkpoint{hint}")
+    config = read_json(file)
+    if quantization := config.get("quantization_config"):
+        scheme = quantization.get("quant_method", "unknown")
+        raise UserError(
+            f"{path}: already quantized ({scheme}), which jgrpo cannot read; give the 16-bit checkpoint it was made "
+            "from (jgrpo quantizes while loading)"
+        )
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; UserError names the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}; download it again")
+    return value
+
+
+def load_model_config(model: str | Path, revision: str | None = None) -> ModelConfig:
+    """Shapes and switches of the checkpoint's model."""
+    path = resolve_checkpoint(model, revision)
+    return model_config_from_hf(read_config(path), str(path / "config.json"))
+
+
+def tensor_index(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint by name; UserError names a missing or damaged file."""
+    if (path / INDEX).is_file():
+        return _sharded_index(path)
+    if (path / SINGLE).is_file():
+        return read_header(path / SINGLE)
+    pickled = sorted(path.glob("*.bin")) or sorted(path.glob("*.pt*"))
+    hint = f"; {pickled[0].name} is a pickle: save the model again as safetensors" if pickled else ""
+    raise UserError(f"{path}: neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _sharded_index(path: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{path / INDEX}: no weight_map; download it again")
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not (path / shard).is_file()]:
+        raise UserError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(shards)}); download it again")
+    headers = {shard: read_header(path / shard) for shard in shards}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise UserError(
+                f"{path / shard}: tensor {name} is not in the file although {INDEX} says so; download it again"
+            )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
