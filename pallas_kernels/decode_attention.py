@@ -1,0 +1,75 @@
+"""Attention of one token for every row, over a cache whose prompt part is stored once for the G rows of a group.
+
+The rows of a group share their prompt's keys and values, so a kernel reads them once and gives its matrix product
+G * H/K rows. The softmax runs over prompt and suffix together; where they are computed apart they are merged in float32.
+"""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch, reference
+
+
+def decode_attention(
+    q: Float[Array, "Q G H Hd"],
+    prompt_k: Float[Array, "L Q K P Hd"],
+    prompt_v: Float[Array, "L Q K P Hd"],
+    prompt_lengths: Int[Array, "Q"],
+    k: Float[Array, "L Q G K C Hd"],
+    v: Float[Array, "L Q G K C Hd"],
+    length: Int[Array, ""] | int,
+    *,
+    layer: Int[Array, ""] | int,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "Q G H Hd"]:
+    """softmax(scale * q K^T) V over the prompt slots < prompt_lengths and the suffix slots < length.
+
+    Args:
+      length: suffix slots in use, the one of the current token included; at least 1.
+      layer: index into the stacked caches.
+      scale: factor of the scores, usually head_dim ** -0.5.
+      window: keys further back than `window - 1` positions are invisible; a row's position is
+        prompt_lengths + length - 1. None: everything before is visible. A traced window (layers that differ) always
+        takes the reference.
+      implementation: "reference", "triton", or None for the rule in `dispatch.py`.
+
+    Raises:
+      ValueError: shapes do not fit, or the named implementation cannot run here.
+    """
+    _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v)
+    device, head_dim = dispatch.current_device(), q.shape[-1]
+    static_window = window is None or isinstance(window, int)
+    chosen = dispatch.resolve(
+        "decode_attention",
+        implementation,
+        dispatch.decode_attention_rule(device, q.dtype, head_dim, static_window),
+        dispatch.decode_attention_problem(device, q.dtype, head_dim, static_window),
+    )
+    if chosen == dispatch.TRITON:
+        from pallas_kernels.decode_attention_triton import decode_attention as fused
+
+        return fused(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window)
+    return reference.decode_attention(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window)
+
+
+def _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v) -> None:
+    (questions, generations, heads, head_dim), kv_heads = q.shape, k.shape[3]
+    layers, prompt_slots, suffix_slots = k.shape[0], prompt_k.shape[3], k.shape[4]
+    want_prompt = (layers, questions, kv_heads, prompt_slots, head_dim)
+    want_suffix = (layers, questions, generations, kv_heads, suffix_slots, head_dim)
+    if (
+        prompt_k.shape != want_prompt
+        or prompt_v.shape != want_prompt
+        or k.shape != want_suffix
+        or v.shape != want_suffix
+    ):
+        raise ValueError(
+            f"decode_attention: q {q.shape} wants prompt_k, prompt_v {want_prompt} and k, v {want_suffix}, got "
+            f"{prompt_k.shape}, {prompt_v.shape}, {k.shape}, {v.shape}"
+        )
+    if heads % kv_heads or prompt_lengths.shape != (questions,):
+        raise ValueError(
+            f"decode_attention: {heads} query heads, {kv_heads} kv heads, prompt_lengths {prompt_lengths.shape}: heads "
+            f"must divide and prompt_lengths must be ({questions},)"
+        )

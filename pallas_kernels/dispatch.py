@@ -1,0 +1,113 @@
+"""The one rule that picks an implementation: (device, dtype, shapes) -> name.
+
+Each rule is a pure function, so that a test can read its decisions without owning the device. `REFERENCE` runs
+anywhere. `TRITON` needs compute capability 8.0 (bf16 tensor cores), 16-bit activations and the `jax-triton` package.
+"""
+
+import functools
+import importlib.util
+import warnings
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+REFERENCE = "reference"
+TRITON = "triton"
+
+INT4_MATMUL_GROUPS = (32, 64, 128)
+ATTENTION_HEAD_DIMS = (64, 128, 256)
+_HALF_PRECISION = (jnp.bfloat16, jnp.float16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rule may know about the machine: `capability` is (major, minor) on NVIDIA GPUs, None elsewhere."""
+
+    backend: str
+    capability: tuple[int, int] | None = None
+    has_triton: bool = False
+    name: str = ""
+
+
+@functools.cache
+def current_device() -> Device:
+    """The default JAX device. Warns once when a GPU could run the fused kernels but `jax-triton` is missing."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
+        return Device(device.platform, name=device.device_kind)
+    major, minor = (int(part) for part in device.compute_capability.split("."))
+    has_triton = importlib.util.find_spec("jax_triton") is not None
+    if not has_triton and (major, minor) >= (8, 0):
+        warnings.warn(
+            f"{device.device_kind}: the fused kernels need jax-triton, which is not installed; using plain XLA, which "
+            "is several times slower in rollouts. Install jax-triton to use them.",
+            stacklevel=2,
+        )
+    return Device("gpu", (major, minor), has_triton, device.device_kind)
+
+
+def _triton_problem(device: Device, dtype) -> str | None:
+    """Why no Triton kernel can run on `device` with activations of `dtype`; None when it can."""
+    if device.backend != "gpu" or device.capability is None:
+        return f"it needs an NVIDIA GPU, the backend is {device.backend!r}"
+    if device.capability < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {device.capability[0]}.{device.capability[1]}"
+    if not device.has_triton:
+        return "the package jax-triton is not installed"
+    if jnp.dtype(dtype) not in [jnp.dtype(half) for half in _HALF_PRECISION]:
+        return f"it needs bfloat16 or float16 activations, got {jnp.dtype(dtype).name}"
+    return None
+
+
+def int4_matmul_problem(device: Device, dtype, k: int, group: int) -> str | None:
+    """Why the fused int4 kernel cannot run this product; None when it can."""
+    if problem := _triton_problem(device, dtype):
+        return problem
+    if group not in INT4_MATMUL_GROUPS:
+        return f"group size must be one of {INT4_MATMUL_GROUPS}, got {group}"
+    return None
+
+
+# Rows above which dequantizing the layer and calling cuBLAS beats the fused kernel; scripts/bench_kernels.py measures it.
+# On GPUs older than Hopper dequantized weights cost more (less memory bandwidth for each FLOP), so it lies higher.
+INT4_CROSSOVER_ROWS = {9: 256, 8: 512}
+
+
+def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int) -> str:
+    """Fused while decoding (few rows), dequantize + cuBLAS while training (many rows)."""
+    if int4_matmul_problem(device, dtype, k, group):
+        return REFERENCE
+    assert device.capability is not None
+    return TRITON if m <= INT4_CROSSOVER_ROWS.get(device.capability[0], 256) else REFERENCE
+
+
+def decode_attention_problem(device: Device, dtype, head_dim: int, static_window: bool = True) -> str | None:
+    """Why the decode-attention kernel cannot run this shape; None when it can."""
+    if problem := _triton_problem(device, dtype):
+        return problem
+    if head_dim not in ATTENTION_HEAD_DIMS:
+        return f"head_dim must be one of {ATTENTION_HEAD_DIMS}, got {head_dim}"
+    if not static_window:
+        return "the window must be a Python int, got a traced array"
+    return None
+
+
+def decode_attention_rule(device: Device, dtype, head_dim: int, static_window: bool = True) -> str:
+    """The kernel wherever it can run: plain XLA reads the whole cache and copies it out of its stack."""
+    return REFERENCE if decode_attention_problem(device, dtype, head_dim, static_window) else TRITON
+
+
+def resolve(op: str, implementation: str | None, chosen: str, problem: str | None) -> str:
+    """`chosen` unless `implementation` names another one.
+
+    Raises:
+      ValueError: `implementation` is unknown, or is the kernel and `problem` says why that cannot run.
+    """
+    if implementation is None:
+        return chosen
+    if implementation not in (REFERENCE, TRITON):
+        raise ValueError(f"{op}: implementation={implementation!r} is unknown; use {REFERENCE!r}, {TRITON!r} or None")
+    if implementation == TRITON and problem is not None:
+        raise ValueError(f"{op}: implementation='triton' cannot run: {problem}")
+    return implementation

@@ -1,0 +1,121 @@
+"""x @ int4 weight^T with a LoRA epilogue, over a stack of layers; differentiable in x, xa and lora_b.
+
+The backward keeps the packed weights only and dequantizes them again: dx = g @ W, dxa = g @ B, dB = g^T xa. The base
+is frozen by design, so differentiating `scales` raises instead of returning zeros (`packed` is an integer array, which
+JAX itself refuses to differentiate).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels import dispatch, reference
+
+
+def int4_matmul(
+    x: Float[Array, "M K"],
+    packed: UInt8[Array, "*L N K2"],
+    scales: Float[Array, "*L N K_g"],
+    *,
+    layer: Int[Array, ""] | int | None = None,
+    xa: Float[Array, "M R"] | None = None,
+    lora_b: Float[Array, "*L N R"] | None = None,
+    out_dtype=None,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """x @ dequant(W[layer])^T (+ xa @ lora_b[layer]^T).
+
+    Args:
+      x: activations.
+      packed: two int4 values a byte (see `reference.py` for the format), one layer or a stack of them.
+      scales: one scale a group of input elements.
+      layer: index into the stack, a Python int or a traced scalar; None when there is no stack.
+      xa: x @ A^T, already times the LoRA scale. Given together with `lora_b`.
+      lora_b: one layer's [N, R] also when `packed` is a stack, or a stack [L, N, R].
+      out_dtype: x's dtype by default. Accumulation is float32.
+      implementation: "reference", "triton", or None for the rule in `dispatch.py`.
+
+    Raises:
+      ValueError: shapes do not fit, or the named implementation cannot run here.
+      TypeError: under differentiation with respect to `scales`.
+    """
+    _check_shapes(x, packed, scales, layer, xa, lora_b)
+    device, group = dispatch.current_device(), reference.group_size(packed, scales)
+    m, k = x.shape
+    chosen = dispatch.resolve(
+        "int4_matmul",
+        implementation,
+        dispatch.int4_matmul_rule(device, x.dtype, m, k, group),
+        dispatch.int4_matmul_problem(device, x.dtype, k, group),
+    )
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    return _int4_matmul(jnp.dtype(out_dtype or x.dtype), chosen, x, packed, scales, index, xa, lora_b)
+
+
+def _check_shapes(x, packed, scales, layer, xa, lora_b) -> None:
+    if packed.ndim != (2 if layer is None else 3) or scales.ndim != packed.ndim:
+        raise ValueError(
+            f"int4_matmul: layer={layer!r} wants packed and scales {'[N, .]' if layer is None else '[L, N, .]'}, "
+            f"got {packed.shape} and {scales.shape}"
+        )
+    if x.ndim != 2 or x.shape[1] != 2 * packed.shape[-1]:
+        raise ValueError(f"int4_matmul: x must be [M, {2 * packed.shape[-1]}] for packed {packed.shape}, got {x.shape}")
+    if packed.dtype != jnp.uint8 or x.shape[1] % scales.shape[-1] or packed.shape[:-1] != scales.shape[:-1]:
+        raise ValueError(
+            f"int4_matmul: uint8 packed and scales must agree, got {packed.dtype}{packed.shape}, {scales.shape}"
+        )
+    if (xa is None) != (lora_b is None):
+        raise ValueError("int4_matmul: give xa and lora_b together")
+    if xa is not None and lora_b is not None:
+        layers = () if lora_b.ndim == 2 or layer is None else packed.shape[:1]
+        if lora_b.shape != (*layers, packed.shape[-2], xa.shape[1]) or xa.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"int4_matmul: xa {xa.shape} and lora_b {lora_b.shape} do not fit {x.shape}, {packed.shape}"
+            )
+
+
+def _lora_layer(lora_b, layer):
+    return reference.take_layer(lora_b, layer if lora_b.ndim == 3 else None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _int4_matmul(out_dtype, implementation: str, x, packed, scales, layer, xa, lora_b):
+    if implementation == dispatch.TRITON:
+        from pallas_kernels.int4_matmul_triton import int4_matmul as fused
+
+        return fused(x, packed, scales, layer, xa, lora_b, out_dtype)
+    b = None if lora_b is None else _lora_layer(lora_b, layer)
+    return reference.int4_matmul(x, packed, scales, layer, xa, b, out_dtype)
+
+
+def _forward(out_dtype, implementation, x, packed, scales, layer, xa, lora_b):
+    if scales.perturbed:
+        raise TypeError("int4_matmul: quantized weights are frozen; differentiate the adapter, not the base")
+    x, packed, scales, layer, xa, lora_b = jax.tree.map(
+        lambda primal: primal.value, (x, packed, scales, layer, xa, lora_b), is_leaf=lambda t: hasattr(t, "perturbed")
+    )
+    out = _int4_matmul(out_dtype, implementation, x, packed, scales, layer, xa, lora_b)
+    like_x = jnp.zeros((0,), x.dtype)
+    return out, (like_x, packed, scales, layer, xa, lora_b)
+
+
+def _backward(out_dtype, implementation, residuals, g):
+    like_x, packed, scales, layer, xa, lora_b = residuals
+    if type(g).__name__ == "SymbolicZero":
+        return None, None, None, None, None, None
+    g = g.astype(like_x.dtype)
+    g, weight = reference.layer_weight(g, packed, scales, layer)
+    dx = reference.einsum_f32("mn,nk->mk", g, weight).astype(like_x.dtype)
+    if xa is None:
+        return dx, None, None, None, None, None
+    b = _lora_layer(lora_b, layer).astype(g.dtype)
+    dxa = reference.einsum_f32("mn,nr->mr", g, b).astype(xa.dtype)
+    db = reference.einsum_f32("mn,mr->nr", g, xa.astype(g.dtype)).astype(lora_b.dtype)
+    if lora_b.ndim == 3:
+        db = jnp.zeros_like(lora_b).at[layer].set(db)
+    return dx, None, None, None, dxa, db
+
+
+_int4_matmul.defvjp(_forward, _backward, symbolic_zeros=True)

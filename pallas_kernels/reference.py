@@ -1,0 +1,102 @@
+"""jnp twins of the kernels: the oracle of their tests, and the path on CPU, TPU and GPUs below compute capability 8.0.
+
+int4 format: symmetric, value = (nibble - 8) * scale, groups of g along the input axis K, split-half inside a group:
+byte j of group n holds element n*g + j in its low nibble and element n*g + g/2 + j in its high nibble.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels import dispatch
+
+
+def group_size(packed: UInt8[Array, "*L N K2"], scales: Float[Array, "*L N K_g"]) -> int:
+    """Input elements that share one scale."""
+    return 2 * packed.shape[-1] // scales.shape[-1]
+
+
+def einsum_f32(spec: str, a: Array, b: Array) -> Array:
+    """einsum accumulated and returned in float32; XLA's CPU backend has no 16-bit dot with a float32 result."""
+    if dispatch.current_device().backend == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def dequantize(packed: UInt8[Array, "*L N K2"], scales: Float[Array, "*L N K_g"], dtype) -> Float[Array, "*L N K"]:
+    """The weights in `dtype`; the product is rounded once, from float32."""
+    *lead, half_k = packed.shape
+    groups = packed.reshape(*lead, scales.shape[-1], -1)
+    nibbles = jnp.concatenate([groups & 0xF, groups >> 4], axis=-1).astype(jnp.int8)
+    values = (nibbles - 8).astype(jnp.float32) * scales[..., None].astype(jnp.float32)
+    return values.reshape(*lead, 2 * half_k).astype(dtype)
+
+
+def take_layer(stack: Array, layer: Int[Array, ""] | int | None) -> Array:
+    """`stack[layer]`; a traced index stays one dynamic slice that XLA can fuse into its consumer."""
+    return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+def layer_weight(x: Array, packed, scales, layer) -> tuple[Array, Float[Array, "N K"]]:
+    """x unchanged, and the dequantized weight of `layer` in x's dtype.
+
+    Inside a decoding loop the weights are loop-invariant, and XLA may hoist their dequantization into a
+    full-precision copy that lives through the loop. The barrier ties them to x, which changes every iteration. With a
+    stack, tying the index is enough and no large array passes through the barrier.
+    """
+    if layer is None:
+        x, packed, scales = lax.optimization_barrier((x, packed, scales))
+    else:
+        x, layer = lax.optimization_barrier((x, jnp.asarray(layer, jnp.int32)))
+        packed, scales = take_layer(packed, layer), take_layer(scales, layer)
+    return x, dequantize(packed, scales, x.dtype)
+
+
+def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype) -> Float[Array, "M N"]:
+    """x @ dequant(W[layer])^T (+ xa @ lora_b^T), accumulated in float32, rounded once to `out_dtype`."""
+    x, weight = layer_weight(x, packed, scales, layer)
+    out = einsum_f32("mk,nk->mn", x, weight)
+    if xa is not None:
+        out += einsum_f32("mr,nr->mn", xa, lora_b.astype(xa.dtype))
+    return out.astype(out_dtype)
+
+
+def decode_attention(
+    q: Float[Array, "Q G H Hd"],
+    prompt_k: Float[Array, "L Q K P Hd"],
+    prompt_v: Float[Array, "L Q K P Hd"],
+    prompt_lengths: Int[Array, "Q"],
+    k: Float[Array, "L Q G K C Hd"],
+    v: Float[Array, "L Q G K C Hd"],
+    length: Int[Array, ""] | int,
+    layer: Int[Array, ""] | int,
+    scale: float,
+    window: int | Int[Array, ""] | None,
+) -> Float[Array, "Q G H Hd"]:
+    """One softmax in float32 over the shared prompt and the row's own suffix."""
+    prompt_k, prompt_v, k, v = (take_layer(stack, layer) for stack in (prompt_k, prompt_v, k, v))
+    (_groups, _, heads, head_dim), kv_heads = q.shape, prompt_k.shape[1]
+    grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, head_dim)  # n: query heads of one kv head
+    prompt_scores = einsum_f32("qgknd,qkpd->qgknp", grouped, prompt_k)
+    suffix_scores = einsum_f32("qgknd,qgkcd->qgknc", grouped, k)
+    scores = scale * jnp.concatenate([prompt_scores, suffix_scores], axis=-1)
+
+    visible = visible_slots(prompt_lengths, length, prompt_k.shape[2], k.shape[3], window)
+    probs = jax.nn.softmax(jnp.where(visible[:, None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
+    prompt_probs, suffix_probs = jnp.split(probs, [prompt_k.shape[2]], axis=-1)
+    out = einsum_f32("qgknp,qkpd->qgknd", prompt_probs, prompt_v)
+    out += einsum_f32("qgknc,qgkcd->qgknd", suffix_probs, v)
+    return out.astype(q.dtype).reshape(q.shape)
+
+
+def visible_slots(prompt_lengths, length, prompt_slots: int, suffix_slots: int, window) -> Array:
+    """bool[Q, P + C]: the cache slots that the current position, prompt_lengths + length - 1, attends to."""
+    prompt = jnp.arange(prompt_slots)
+    suffix = jnp.arange(suffix_slots)
+    prompt_ok = prompt < prompt_lengths[:, None]
+    suffix_ok = jnp.broadcast_to(suffix < length, (prompt_lengths.shape[0], suffix_slots))
+    if window is not None:  # a key at position j is seen from position i while i - j < window
+        prompt_ok &= prompt > prompt_lengths[:, None] + length - 1 - window
+        suffix_ok &= suffix > length - 1 - window
+    return jnp.concatenate([prompt_ok, suffix_ok], axis=-1)

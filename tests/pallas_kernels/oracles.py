@@ -1,0 +1,50 @@
+"""float64 numpy oracles and random inputs, written element by element from the definitions, not from the code."""
+
+import numpy as np
+
+
+def random_int4(rng: np.random.Generator, n: int, k: int, group: int, layers: tuple[int, ...] = ()):
+    """(packed uint8[*L, N, K/2], scales float32[*L, N, K/g], weight float64[*L, N, K]), split-half inside a group."""
+    nibbles = rng.integers(0, 16, (*layers, n, k), dtype=np.uint8)
+    scales = rng.uniform(0.02, 0.1, (*layers, n, k // group)).astype(np.float32)
+    packed = np.zeros((*layers, n, k // 2), np.uint8)
+    for start in range(0, k, group):
+        half = group // 2
+        low, high = nibbles[..., start : start + half], nibbles[..., start + half : start + group]
+        packed[..., start // 2 : start // 2 + half] = low | (high << 4)
+    weight = (nibbles.astype(np.float64) - 8) * np.repeat(scales.astype(np.float64), group, axis=-1)
+    return packed, scales, weight
+
+
+def attention(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window=None):
+    """One row, one head at a time, over the list of keys that the row may see."""
+    q, prompt_k, prompt_v, k, v = (np.asarray(a, np.float64) for a in (q, prompt_k, prompt_v, k, v))
+    questions, generations, heads, _ = q.shape
+    per_kv = heads // k.shape[3]
+    out = np.zeros_like(q)
+    for i in range(questions):
+        for g in range(generations):
+            for h in range(heads):
+                head, n = h // per_kv, int(prompt_lengths[i])
+                keys = np.concatenate([prompt_k[layer, i, head, :n], k[layer, i, g, head, :length]])
+                values = np.concatenate([prompt_v[layer, i, head, :n], v[layer, i, g, head, :length]])
+                if window is not None:
+                    keys, values = keys[-window:], values[-window:]
+                scores = scale * keys @ q[i, g, h]
+                weights = np.exp(scores - scores.max())
+                out[i, g, h] = weights @ values / weights.sum()
+    return out
+
+
+def logprobs(hidden, head, targets, temperature):
+    """(log p(target), entropy) in float64 from the definitions."""
+    z = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / temperature
+    log_p = z - z.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    return log_p[np.arange(len(targets)), targets], -(np.exp(log_p) * log_p).sum(-1)
+
+
+def relative_error(got, want) -> float:
+    """||got - want|| / ||want||; NaN stays NaN, which passes no comparison."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))

@@ -1,0 +1,57 @@
+"""The dispatch rules, read for devices that the machine running the tests does not have."""
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Device
+
+CPU = Device("cpu")
+T4 = Device("gpu", (7, 5), True, "Tesla T4")
+A100 = Device("gpu", (8, 0), True, "NVIDIA A100")
+H100 = Device("gpu", (9, 0), True, "NVIDIA H100")
+H100_BARE = Device("gpu", (9, 0), False, "NVIDIA H100")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "m", "group", "want"),
+    [
+        (CPU, jnp.bfloat16, 16, 64, "reference"),
+        (T4, jnp.float16, 16, 64, "reference"),
+        (H100_BARE, jnp.bfloat16, 16, 64, "reference"),
+        (H100, jnp.float32, 16, 64, "reference"),
+        (H100, jnp.bfloat16, 16, 48, "reference"),
+        (H100, jnp.bfloat16, 16, 64, "triton"),
+        (A100, jnp.float16, 64, 128, "triton"),
+        (H100, jnp.bfloat16, 8192, 64, "reference"),
+        (A100, jnp.bfloat16, 8192, 64, "reference"),
+    ],
+)
+def test_int4_matmul_rule(device, dtype, m, group, want):
+    assert dispatch.int4_matmul_rule(device, dtype, m, 4096, group) == want
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "want"),
+    [
+        (CPU, jnp.bfloat16, 128, "reference"),
+        (T4, jnp.float16, 128, "reference"),
+        (H100, jnp.float32, 128, "reference"),
+        (H100, jnp.bfloat16, 80, "reference"),
+        (H100, jnp.bfloat16, 128, "triton"),
+        (A100, jnp.float16, 64, "triton"),
+    ],
+)
+def test_decode_attention_rule(device, dtype, head_dim, want):
+    assert dispatch.decode_attention_rule(device, dtype, head_dim) == want
+
+
+def test_resolve_names_the_reason():
+    assert dispatch.resolve("op", None, "triton", None) == "triton"
+    assert dispatch.resolve("op", "reference", "triton", None) == "reference"
+    with pytest.raises(ValueError, match="op: implementation='triton' cannot run: too odd"):
+        dispatch.resolve("op", "triton", "reference", "too odd")
+
+
+def test_the_device_of_this_process_is_known():
+    assert dispatch.current_device().backend in ("cpu", "gpu", "tpu")

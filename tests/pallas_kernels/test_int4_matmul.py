@@ -1,0 +1,162 @@
+"""int4_matmul (reference path) against float64, its gradients, its errors, and what XLA makes of it inside loops."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import int4_matmul
+from tests.pallas_kernels.oracles import random_int4, relative_error
+
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group"),
+    [(1, 7, 64, 32), (5, 130, 128, 64), (16, 65, 896, 128), (33, 24, 1536, 64), (200, 33, 256, 128), (5, 9, 3584, 128)],
+)
+def test_matches_float64(m, n, k, group, dtype):
+    rng = np.random.default_rng(m * n + k)
+    packed, scales, weight = random_int4(rng, n, k, group)
+    x = jnp.asarray(rng.normal(size=(m, k)), dtype)
+    out = int4_matmul(x, packed, scales)
+    assert out.dtype == dtype
+    assert out.shape == (m, n)
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("stacked_b", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
+def test_takes_the_stack_and_a_layer_index(traced, stacked_b):
+    rng = np.random.default_rng(0)
+    packed, scales, weight = random_int4(rng, 12, 64, 32, layers=(3,))
+    x, xa, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 64), (5, 4), (3, 12, 4)])
+
+    def run(layer):
+        lora_b = b if stacked_b else b[1]
+        return int4_matmul(x, packed, scales, layer=layer, xa=xa, lora_b=lora_b)
+
+    out = jax.jit(run)(1) if traced else run(1)
+    want = np.asarray(x, np.float64) @ weight[1].T + np.asarray(xa, np.float64) @ np.asarray(b[1], np.float64).T
+    assert relative_error(out, want) < 2e-6
+
+
+def test_out_dtype_is_rounded_once_from_float32():
+    rng = np.random.default_rng(1)
+    packed, scales, weight = random_int4(rng, 40, 256, 64)
+    x = jnp.asarray(rng.normal(size=(9, 256)), jnp.bfloat16)
+    out = int4_matmul(x, packed, scales, out_dtype=jnp.float32)
+    assert out.dtype == jnp.float32
+    # The weights are rounded to bfloat16 once; nothing else is, so the error lies under that of a bfloat16 result.
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < 3e-3
+
+
+@pytest.mark.parametrize("stacked_b", [True, False])
+def test_gradients_match_float64(stacked_b):
+    rng = np.random.default_rng(2)
+    packed, scales, weight = random_int4(rng, 12, 64, 32, layers=(3,))
+    x, xa, b, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 64), (5, 4), (3, 12, 4), (5, 12)])
+    lora_b = b if stacked_b else b[2]
+
+    def loss(x, xa, lora_b):
+        return jnp.sum(g * int4_matmul(x, packed, scales, layer=2, xa=xa, lora_b=lora_b))
+
+    dx, dxa, db = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, xa, lora_b)
+    g64, db64 = np.asarray(g, np.float64), np.zeros(b.shape)
+    db64[2] = g64.T @ np.asarray(xa)
+    assert relative_error(dx, g64 @ weight[2]) < 2e-6
+    assert relative_error(dxa, g64 @ np.asarray(b[2])) < 2e-6
+    assert relative_error(db, db64 if stacked_b else db64[2]) < 2e-6
+
+
+def test_gradients_inside_scan_with_remat():
+    rng = np.random.default_rng(3)
+    packed, scales, weight = random_int4(rng, 64, 64, 32, layers=(3,))
+    a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 4, 64), (3, 64, 4)])
+    x = jnp.asarray(rng.normal(size=(5, 64)), jnp.float32)
+
+    @jax.checkpoint
+    def layer(h, xs):
+        index, a, b = xs
+        return jnp.tanh(int4_matmul(h, packed, scales, layer=index, xa=h @ a.T, lora_b=b)), None
+
+    def loss(a, b):
+        return jnp.sum(jax.lax.scan(layer, x, (jnp.arange(3), a, b))[0] ** 2)
+
+    def dense_loss(a, b):
+        h = x
+        for i in range(3):
+            h = jnp.tanh(h @ jnp.asarray(weight[i], jnp.float32).T + (h @ a[i].T) @ b[i].T)
+        return jnp.sum(h**2)
+
+    got, want = jax.jit(jax.grad(loss, (0, 1)))(a, b), jax.jit(jax.grad(dense_loss, (0, 1)))(a, b)
+    assert relative_error(got[0], want[0]) < 1e-4
+    assert relative_error(got[1], want[1]) < 1e-4
+
+
+def test_differentiating_the_base_raises():
+    rng = np.random.default_rng(4)
+    packed, scales, _ = random_int4(rng, 8, 64, 32)
+    x = jnp.ones((2, 64))
+    with pytest.raises(TypeError, match="frozen"):
+        jax.grad(lambda s: int4_matmul(x, packed, s).sum())(scales)
+    with pytest.raises(TypeError, match="uint8"):
+        jax.grad(lambda p: int4_matmul(x, p, scales).sum())(packed)
+
+
+def test_residuals_of_the_backward_are_the_packed_weights():
+    rng = np.random.default_rng(5)
+    packed, scales, _ = random_int4(rng, 48, 64, 32)
+    _, pullback = jax.vjp(lambda x: int4_matmul(x, packed, scales), jnp.ones((2, 64)))
+    floats = [leaf for leaf in jax.tree.leaves(pullback) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert max(leaf.size for leaf in floats) <= scales.size
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_no_full_precision_copy_lives_through_a_decoding_loop(stacked):
+    layers, n, k = 6, 48, 64
+    rng = np.random.default_rng(6)
+    packed, scales, _ = random_int4(rng, n, k, 32, layers=(layers,))
+
+    def run(x, packed, scales):
+        def layer(i, h):
+            if stacked:
+                return jnp.pad(jnp.tanh(int4_matmul(h, packed, scales, layer=i)), ((0, 0), (0, k - n)))
+            return jnp.pad(jnp.tanh(int4_matmul(h, packed[0], scales[0])), ((0, 0), (0, k - n)))
+
+        return jax.lax.fori_loop(0, 10, lambda _, h: jax.lax.fori_loop(0, layers, layer, h), x)
+
+    hlo = jax.jit(run).lower(jnp.ones((2, k)), packed, scales).compile().as_text()
+    loops = re.findall(r"= \(([^)]*)\) while\(", hlo)
+    assert loops
+    carried = [shape for loop in loops for shape in re.findall(r"(?:f32|bf16|s8|s32)\[([\d,]+)\]", loop)]
+    sizes = [int(np.prod([int(dim) for dim in shape.split(",")])) for shape in carried]
+    assert max(sizes) < n * k, carried
+    stack_sized = [
+        dims for kind, dims in re.findall(r"(f32|bf16|s8)\[([\d,]+)\]", hlo) if _size(dims) >= layers * n * k
+    ]
+    assert not stack_sized
+
+
+def _size(dims: str) -> int:
+    return int(np.prod([int(dim) for dim in dims.split(",")]))
+
+
+def test_bad_shapes_and_implementations_raise():
+    rng = np.random.default_rng(7)
+    packed, scales, _ = random_int4(rng, 8, 64, 32)
+    x = jnp.ones((2, 64))
+    for arguments, message in [
+        ({"layer": 0}, "L, N"),
+        ({"xa": jnp.ones((2, 3))}, "together"),
+        ({"xa": jnp.ones((2, 3)), "lora_b": jnp.ones((8, 4))}, "do not fit"),
+        ({"implementation": "cuda"}, "unknown"),
+        ({"implementation": "triton"}, "needs an NVIDIA GPU"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            int4_matmul(x, packed, scales, **arguments)
+    with pytest.raises(ValueError, match="x must be"):
+        int4_matmul(jnp.ones((2, 32)), packed, scales)
