@@ -1,0 +1,170 @@
+"""The terminal: a live line of progress, or one plain line a step where the output is not a terminal.
+
+Everything printed goes in as `rich.text.Text`, so neither markup nor control characters in a
+model's output have any effect.
+"""
+
+import atexit
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from jgrpo.config import TrainConfig
+from jgrpo.reporting.base import CompletionRow
+from jgrpo.reporting.samples import notable
+from jgrpo.reporting.text import duration, number, printable, size
+
+ROWS_SHOWN = 4
+
+
+class Clock:
+    """Time left, from the recent steps; the first one, which compiles, doesn't count once there are others."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._began = self._last = now()
+        self._steps: deque[float] = deque(maxlen=20)
+        self._counted = 0
+
+    def tick(self) -> None:
+        """One more step is done."""
+        now = self._now()
+        if self._counted == 1:
+            self._steps.clear()
+        self._steps.append(now - self._last)
+        self._counted += 1
+        self._last = now
+
+    def elapsed(self) -> float:
+        return self._now() - self._began
+
+    def left(self, steps: int) -> float | None:
+        """Seconds for `steps` more steps; None before the first."""
+        return steps * sum(self._steps) / len(self._steps) if self._steps else None
+
+
+def step_summary(metrics: Mapping[str, float]) -> str:
+    """The metrics a person watches, those that are there: 'reward 0.41 ± 0.2 · length 43 · …'."""
+    return "  ".join(part for part in (_reward(metrics), *_parts(metrics)) if part)
+
+
+def _reward(metrics: Mapping[str, float]) -> str:
+    spread = f" ± {number(metrics['reward_std'])}" if "reward_std" in metrics else ""
+    return f"reward {number(metrics['reward'])}{spread}" if "reward" in metrics else ""
+
+
+def _parts(metrics: Mapping[str, float]) -> list[str]:
+    shown: list[tuple[str, str, Callable[[float], str]]] = [
+        ("completions/mean_length", "length", lambda v: f"{v:.0f}"),
+        ("kl", "kl", number),
+        ("throughput/rollout_tokens_per_s", "tokens/s", lambda v: f"{v:,.0f}"),
+        ("memory/peak_bytes", "memory", size),
+        ("memory/host_peak_rss_bytes", "memory", size),
+    ]
+    return [f"{label} {form(metrics[name])}" for name, label, form in shown if name in metrics]
+
+
+def held_out(metrics: Mapping[str, float]) -> str:
+    """The evaluation's main numbers, '' if this step had none."""
+    names = [name for name in ("eval_accuracy", "eval_reward") if name in metrics]
+    names += sorted(n for n in metrics if n.startswith("eval_rewards/") and n.endswith("/mean"))
+    return "  ".join(f"{name.removeprefix('eval_')} {number(metrics[name])}" for name in names)
+
+
+class Console:
+    """Sink for people."""
+
+    def __init__(self, run_dir: Path, console: RichConsole | None = None, clock: Clock | None = None) -> None:
+        self.console = console or RichConsole(highlight=False, markup=False, emoji=False, soft_wrap=False)
+        self.run_dir = run_dir
+        self._clock = clock
+        self._live: Live | None = None
+        self._evaluations: list[tuple[int, str]] = []
+
+    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+        self.total = config.training.steps
+        self.clock = self._clock or Clock()
+        self._print(_title(config), style="bold")
+        for line in plan_lines:
+            self._print(line)
+        if first_step:
+            self._print(f"resuming after step {first_step} of {self.total}")
+        self._print(f"writing to {self.run_dir}")
+        if self.console.is_terminal:
+            self._start_live(first_step)
+
+    def _start_live(self, first_step: int) -> None:
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[times]}"),
+            console=self.console,
+            expand=True,
+        )
+        self.task = self.progress.add_task("", total=self.total, completed=first_step, times="compiling …")
+        self._live = Live(Group(self.progress), console=self.console, refresh_per_second=4)
+        self._live.start()
+        atexit.register(self._live.stop)  # a crash must give the cursor back
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.clock.tick()
+        left = self.clock.left(self.total - step)
+        times = f"{duration(self.clock.elapsed())} elapsed, {duration(left or 0)} left"
+        if evaluation := held_out(metrics):
+            self._evaluations.append((step, evaluation))
+            self._print(f"step {step}/{self.total}  held-out: {evaluation}", style="bold green")
+        if self._live is None:
+            self._print(f"step {step}/{self.total}  {step_summary(metrics)}  {times}")
+        else:
+            self.progress.update(self.task, completed=step, times=times)
+            self._live.update(Group(self.progress, Text(step_summary(metrics), overflow="ellipsis", no_wrap=True)))
+
+    def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
+        self.console.print(completions_table(step, notable(rows, ROWS_SHOWN)))
+
+    def warn(self, text: str) -> None:
+        self._print("warning: " + printable(text), style="yellow")
+
+    def finish(self, summary: str) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if len(self._evaluations) > 1:
+            (first, before), (last, after) = self._evaluations[0], self._evaluations[-1]
+            self._print(f"held-out, step {first}: {before}   step {last}: {after}", style="bold green")
+        if summary:
+            self._print(summary)
+        self._print(f"report: {self.run_dir / 'report.html'}")
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _title(config: TrainConfig) -> str:
+    batch = f"{config.training.prompts_per_step} prompts x {config.rollout.num_generations} completions a step"
+    return f"jgrpo: {config.model.model} on {config.data.dataset}, {config.training.steps} steps, {batch}"
+
+
+def completions_table(step: int, rows: Sequence[CompletionRow]) -> Table:
+    """Prompt, completion, rewards and advantage of some rows."""
+    table = Table(title=Text(f"completions of step {step}"), show_lines=True, expand=True, title_justify="left")
+    table.add_column("prompt", ratio=3)
+    table.add_column("completion", ratio=5)
+    table.add_column("rewards", ratio=2, min_width=14)
+    table.add_column("advantage", justify="right", min_width=9)
+    for row in rows:
+        rewards = "\n".join(f"{name} {number(value)}" for name, value in row.rewards.items())
+        table.add_row(
+            Text(printable(row.prompt, max_lines=6, max_chars=300)),
+            Text(printable(row.completion)),
+            Text(rewards),
+            Text(f"{row.advantage:+.3f}"),
+        )
+    return table

@@ -1,0 +1,74 @@
+"""TensorBoard and Weights & Biases sinks."""
+
+import importlib.util
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jgrpo.config import TrainConfig
+from jgrpo.errors import UserError
+from jgrpo.reporting.base import CompletionRow
+from jgrpo.settings import flatten
+
+
+class TensorBoard:
+    """Event files under `tensorboard/`, through tensorboardX (no TensorFlow, no torch)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.directory = run_dir / "tensorboard"
+
+    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+        from tensorboardX import SummaryWriter  # here: half a second that `--help` need not pay
+
+        # purge_step makes TensorBoard forget what a killed run logged after its checkpoint.
+        purge = first_step + 1 if first_step else None
+        self.writer = SummaryWriter(str(self.directory), purge_step=purge, flush_secs=10)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+
+    def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+    def finish(self, summary: str) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run; a resumed jgrpo run continues it (its id is kept in the run directory)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("--wandb true, but the package wandb is not installed: pip install wandb, or drop --wandb.")
+        self.run_dir = run_dir
+
+    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+        import wandb
+
+        id_file = self.run_dir / "wandb_id"
+        if not (first_step and id_file.exists()):
+            id_file.write_text(uuid.uuid4().hex)
+        self.run = wandb.init(
+            project=config.reporting.wandb_project,
+            name=self.run_dir.name,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=str(self.run_dir),
+            config=flatten(config),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+    def finish(self, summary: str) -> None:
+        self.run.finish()
