@@ -94,10 +94,10 @@ class Objective:
 
 
 def loss_mask(
+    objective: Objective,
     completion_mask: Bool[Array, "Q G C"],
     terminated: Bool[Array, "Q G"],
     rewards: Float[Array, "Q G"],
-    objective: Objective,
 ) -> Bool[Array, "Q G C"]:
     """Tokens that take part in the loss: the completion mask without what the objective drops."""
     mask = completion_mask

@@ -23,6 +23,7 @@ def policy_loss(
     logprobs: Tokens,
     old_logprobs: Tokens,
     advantages: Float[Array, "..."],
+    mask: Bool[Array, "*S C"],
     weights: Tokens,
     objective: Objective,
     *,
@@ -39,8 +40,8 @@ def policy_loss(
         logprobs: ℓ under the policy being trained, [*S, C].
         old_logprobs: ℓ_old; `stop_gradient(logprobs)` in the first optimizer step of a batch.
         advantages: [*S], one per row, or [*S, C].
-        weights: `objective.aggregation` of the whole optimizer batch, sliced to these rows. They are also the
-            mask: where a weight is 0, every other input may hold anything, NaN included.
+        mask: tokens in the loss. Outside it every input may hold anything, NaN included.
+        weights: `objective.aggregation` of the whole optimizer batch, sliced to these rows; 0 outside the mask.
         objective: from `objective_from_config`, or composed by hand.
         ref_logprobs: ℓ_ref; required if β is not 0. Given with β = 0, the KL is only reported.
         sampler_logprobs: ℓ_s; required by a sampler correction and by the off-policy mask.
@@ -56,7 +57,6 @@ def policy_loss(
     beta = objective.beta if beta is None else beta
     entropy_coef = objective.entropy_coef if entropy_coef is None else entropy_coef
     _check_inputs(objective, beta, entropy_coef, ref_logprobs, sampler_logprobs, entropy)
-    mask = weights > 0
     logprobs, old_logprobs = jnp.where(mask, logprobs, 0), jnp.where(mask, old_logprobs, 0)
     log_ratio = clamped_log_ratio(logprobs, jax.lax.stop_gradient(old_logprobs))
     log_ratio = objective.ratio_level(log_ratio, mask)
