@@ -101,19 +101,16 @@ def matmul(
 
 
 def _int4(x: Array, weight: Int4Weight, layer: Any, xa: Array | None, b: Array | None, out_dtype: Any) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
-    # The kernel's epilogue indexes a stacked adapter; a single layer's is small work for XLA.
-    fused = b is not None and b.ndim == weight.packed.ndim
     out = pallas_kernels.int4_matmul(
-        rows,
+        x.reshape(-1, x.shape[-1]),
         weight.packed,
         weight.scales,
         layer=layer,
-        xa=xa.reshape(-1, xa.shape[-1]) if fused and xa is not None else None,
-        lora_b=b.astype(x.dtype) if fused and b is not None else None,
+        xa=None if xa is None else xa.reshape(-1, xa.shape[-1]),
+        lora_b=None if b is None else b.astype(x.dtype),
         out_dtype=out_dtype or x.dtype,
-    ).reshape(*x.shape[:-1], -1)
-    return out if fused or xa is None or b is None else out + _dot(xa, b, out_dtype)
+    )
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def _dot(x: Array, weight: Array, out_dtype: Any) -> Array:

@@ -1,0 +1,141 @@
+"""Attention, rotary embedding, configuration and quantization against independent NumPy computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgrpo.errors import UserError
+from jgrpo.models.attention import blockwise_attention
+from jgrpo.models.config import RopeConfig, model_config_from_hf
+from jgrpo.models.rope import apply_rope, inverse_frequencies
+from jgrpo.quantization import Int4Weight, dequantize, embed, matmul, quantize
+
+HF = dict(
+    model_type="llama", vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+)
+
+
+def _attention_oracle(q, k, v, lengths, window):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        first = 0 if window is None else max(0, t - window + 1)
+        keys = slice(first, min(t + 1, lengths[b]))
+        scores = k[b, keys, h // group] @ q[b, t, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = (weights / weights.sum()) @ v[b, keys, h // group]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("block", [3, 8, 64])
+def test_blockwise_attention(window, block):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 11, 6, 8))
+    k, v = (jax.random.normal(key, (2, 11, 2, 8)) for key in keys[1:])
+    lengths = jnp.array([11, 7])
+    out = blockwise_attention(q, k, v, lengths, window, block)
+    expected = _attention_oracle(q[:1], k[:1], v[:1], [11], window)
+    np.testing.assert_allclose(out[0], expected[0], atol=2e-6)
+    expected = _attention_oracle(q[1:, :7], k[1:], v[1:], [7], window)
+    np.testing.assert_allclose(out[1, :7], expected[0], atol=2e-6)
+    assert jnp.isfinite(out).all()
+
+
+def test_rope_depends_on_relative_position_only():
+    freqs = inverse_frequencies(RopeConfig(theta=100.0), 16)
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 16))
+    dots = [
+        float((apply_rope(x, jnp.array(p), freqs) * apply_rope(y, jnp.array(p + 3), freqs)).sum()) for p in (0, 5, 90)
+    ]
+    np.testing.assert_allclose(dots, dots[0], rtol=1e-4)
+
+
+def test_llama3_scaling_leaves_high_and_divides_low_frequencies():
+    plain = inverse_frequencies(RopeConfig(theta=500000.0), 128)
+    scaled = inverse_frequencies(
+        RopeConfig(500000.0, "llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0), 128
+    )
+    wavelengths = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wavelengths < 8192 / 4], plain[wavelengths < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 32, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(model_type="gpt2"), ("gpt2", "supported", "llama")),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), ("yarn", "llama3")),
+        (dict(hidden_act="gelu"), ("gelu", "silu")),
+        (dict(num_hidden_layers=None), ("num_hidden_layers", "missing")),
+    ],
+)
+def test_unreadable_configs_are_refused_in_one_line(change, words):
+    with pytest.raises(UserError) as error:
+        model_config_from_hf({**HF, **change}, "somewhere/config.json")
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith("somewhere/config.json")
+    assert all(word in message for word in words)
+
+
+def test_config_defaults_and_windows():
+    config = model_config_from_hf(HF)
+    assert (config.num_kv_heads, config.head_dim, config.windows) == (4, 16, ())
+    assert model_config_from_hf({**HF, "model_type": "mistral", "sliding_window": 7}).windows == (7, 7, 7)
+    qwen = {**HF, "model_type": "qwen2", "sliding_window": 7, "max_window_layers": 1}
+    assert model_config_from_hf(qwen).windows == ()
+    assert model_config_from_hf({**qwen, "use_sliding_window": True}).windows == (None, 7, 7)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("kind", ["numpy", "jax"])
+def test_quantization_error_is_at_most_one_step(group, kind):
+    weight = np.random.default_rng(0).normal(size=(3, 5, 256)).astype(np.float32)
+    quantized = quantize(weight if kind == "numpy" else jnp.asarray(weight), group)
+    assert isinstance(quantized.packed, np.ndarray) == (kind == "numpy")
+    assert (quantized.shape, quantized.group_size) == (weight.shape, group)
+    error = np.abs(np.asarray(dequantize(quantized)) - weight).reshape(3, 5, -1, group)
+    step = np.abs(np.asarray(quantized.scales))[..., None]
+    # Half a step, except above 7.5 steps on the side opposite to the extreme element.
+    assert (error <= step * 1.0001).all()
+    assert (error <= step * 0.5001).mean() > 0.97
+
+
+def test_packing_is_split_half():
+    levels = np.tile(np.arange(16, dtype=np.float32) - 8, 4)[None]  # scale 1: -8 is in every group
+    packed = quantize(levels, 64).packed[0]
+    assert packed[3] & 0xF == 3
+    assert packed[3] >> 4 == (32 + 3) % 16
+
+
+def test_zero_groups_stay_zero():
+    assert not np.asarray(dequantize(quantize(np.zeros((2, 64), np.float32), 32))).any()
+
+
+def test_group_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"group_size 64 .* 96"):
+        quantize(np.zeros((2, 96), np.float32), 64)
+
+
+def test_matmul_is_the_same_for_every_storage():
+    rng = np.random.default_rng(1)
+    weight = jnp.asarray(rng.normal(size=(2, 40, 64)), jnp.float32)
+    quantized = quantize(weight, 32)
+    x = jnp.asarray(rng.normal(size=(2, 3, 64)), jnp.float32)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 64), (2, 40, 4)))
+    dense = dequantize(quantized)
+    expected = np.asarray(x, np.float64) @ (np.asarray(dense[1], np.float64) + np.asarray(b[1] @ a[1], np.float64)).T
+    for stored in (quantized, dense, tuple(dense)):
+        np.testing.assert_allclose(matmul(x, stored, 1, (a, b)), expected, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(matmul(x, stored, 1, (a[1], b[1])), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_embedding_rows_of_a_quantized_table():
+    table = jnp.asarray(np.random.default_rng(2).normal(size=(20, 64)), jnp.float32)
+    quantized = quantize(table, 32)
+    assert isinstance(quantized, Int4Weight)
+    tokens = jnp.array([[3, 19], [0, 3]])
+    np.testing.assert_array_equal(embed(quantized, tokens, jnp.float32), dequantize(quantized)[tokens])
