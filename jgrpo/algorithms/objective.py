@@ -1,26 +1,19 @@
-"""An objective is a composition of this package's functions; here the names of a configuration become functions.
+"""An objective: the functions and numbers that `policy_loss` composes, as one value.
 
 `Objective` is hashable and compares by value, so it is a static argument of `jit`: two equal configurations
-share one compiled program. To try a variant of your own, `dataclasses.replace` a field with your function.
+share one compiled program. `registry.objective_from_config` makes one from names; to try a variant of your own,
+`dataclasses.replace` a field with your function.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, inf
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-from jgrpo.algorithms import advantages as adv
-from jgrpo.algorithms import losses
-from jgrpo.algorithms.aggregation import AGGREGATIONS, Aggregation
-from jgrpo.algorithms.corrections import SAMPLER_CORRECTIONS
-from jgrpo.algorithms.kl import KL_ESTIMATORS
+from jgrpo.algorithms.aggregation import Aggregation
 from jgrpo.algorithms.masks import drop_groups, drop_truncated
-from jgrpo.algorithms.ratios import RATIO_LEVELS
 from jgrpo.algorithms.rewards import combine_rewards, zero_variance_groups
-from jgrpo.config import AlgorithmConfig
-from jgrpo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,9 +23,9 @@ class Bound:
     function: Callable[..., Any]
     keywords: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, *args: Any) -> Any:
-        """The function on `args` and the keywords."""
-        return self.function(*args, **dict(self.keywords))
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """The function on `args`, the bound keywords and `keywords`."""
+        return self.function(*args, **dict(self.keywords), **keywords)
 
 
 def bind(function: Callable[..., Any], **keywords: Any) -> Bound:
@@ -54,11 +47,29 @@ class Scored(NamedTuple):
         return combine_rewards(self.rewards_per_function, self.reward_weights)
 
 
+AdvantageEstimator = Callable[[Scored], Float[Array, "Q G"]]
+
+
+def of_rewards(scored: Scored, *, estimator: Callable[..., Array]) -> Float[Array, "Q G"]:
+    """An estimator that looks at the combined rewards only."""
+    return estimator(scored.rewards)
+
+
+def of_lengths(scored: Scored, *, estimator: Callable[..., Array]) -> Float[Array, "Q G"]:
+    """An estimator that looks at the combined rewards and the lengths."""
+    return estimator(scored.rewards, scored.lengths)
+
+
+def of_functions(scored: Scored, *, estimator: Callable[..., Array]) -> Float[Array, "Q G"]:
+    """An estimator that looks at the reward functions one by one."""
+    return estimator(scored.rewards_per_function, scored.reward_weights)
+
+
 @dataclass(frozen=True)
 class Objective:
     """What one optimizer step minimises."""
 
-    advantages: Callable[[Scored], Float[Array, "Q G"]]
+    advantages: AdvantageEstimator
     """From rewards to one number per completion."""
     ratio_level: Callable[..., Float[Array, "*S C"]]
     """(log_ratio, mask) -> log_ratio; one of `ratios`."""
@@ -106,163 +117,3 @@ def loss_mask(
     if objective.drop_zero_variance:
         mask = drop_groups(mask, zero_variance_groups(rewards))
     return mask
-
-
-ADVANTAGES: dict[str, Callable[[AlgorithmConfig], Callable[[Scored], Float[Array, "Q G"]]]] = {
-    "grpo": lambda config: bind(_grpo_advantages, scale=config.scale_rewards),
-    "gdpo": lambda config: _gdpo_advantages,
-    "rloo": lambda config: _rloo_advantages,
-    "reinforce_plus_plus": lambda config: _reinforce_plus_plus_advantages,
-    "reinforce_plus_plus_baseline": lambda config: _reinforce_plus_plus_baseline_advantages,
-    "opo": lambda config: _opo_advantages,
-    "pass_at_k": lambda config: _pass_at_k_advantages,
-}
-"""Advantage estimators by name. ReMax is absent: it needs a greedy completion of each prompt from the rollout."""
-
-
-def _grpo_advantages(scored: Scored, *, scale: str) -> Float[Array, "Q G"]:
-    return adv.group_advantages(scored.rewards, scale=scale)
-
-
-def _gdpo_advantages(scored: Scored) -> Float[Array, "Q G"]:
-    return adv.gdpo_advantages(scored.rewards_per_function, scored.reward_weights)
-
-
-def _rloo_advantages(scored: Scored) -> Float[Array, "Q G"]:
-    return adv.rloo_advantages(scored.rewards)
-
-
-def _reinforce_plus_plus_advantages(scored: Scored) -> Float[Array, "Q G"]:
-    return adv.reinforce_plus_plus_advantages(scored.rewards)
-
-
-def _reinforce_plus_plus_baseline_advantages(scored: Scored) -> Float[Array, "Q G"]:
-    return adv.reinforce_plus_plus_baseline_advantages(scored.rewards)
-
-
-def _opo_advantages(scored: Scored) -> Float[Array, "Q G"]:
-    return adv.opo_advantages(scored.rewards, scored.lengths)
-
-
-def _pass_at_k_advantages(scored: Scored) -> Float[Array, "Q G"]:
-    return adv.pass_at_k_advantages(scored.rewards)
-
-
-LossChoice = tuple[Bound, tuple[float, float]]
-
-
-def _clipped(config: AlgorithmConfig) -> LossChoice:
-    high = _epsilon_high(config)
-    loss = bind(losses.clipped_loss, epsilon_low=config.epsilon, epsilon_high=high, delta=config.delta)
-    return loss, (1 - config.epsilon, 1 + high)
-
-
-def _cispo(config: AlgorithmConfig) -> LossChoice:
-    return bind(losses.cispo_loss, cap=config.cispo_cap), (0.0, config.cispo_cap)
-
-
-def _sapo(config: AlgorithmConfig) -> LossChoice:
-    temperatures = {"temperature_pos": config.sapo_temperature_pos, "temperature_neg": config.sapo_temperature_neg}
-    return bind(losses.sapo_loss, **temperatures), (0.0, inf)
-
-
-def _vespo(config: AlgorithmConfig) -> LossChoice:
-    positive = {"k_pos": config.vespo_k_pos, "lambda_pos": config.vespo_lambda_pos}
-    negative = {"k_neg": config.vespo_k_neg, "lambda_neg": config.vespo_lambda_neg}
-    return bind(losses.vespo_loss, **positive, **negative), (0.0, inf)
-
-
-def _gmpo(config: AlgorithmConfig) -> LossChoice:
-    high = _epsilon_high(config)
-    return bind(losses.gmpo_loss, epsilon_low=config.epsilon, epsilon_high=high), (exp(-config.epsilon), exp(high))
-
-
-LOSSES: dict[str, Callable[[AlgorithmConfig], LossChoice]] = {
-    "clipped": _clipped,
-    "cispo": _cispo,
-    "sapo": _sapo,
-    "vespo": _vespo,
-    "gmpo": _gmpo,
-}
-"""Losses by name, each with the range of r outside which it counts a token as clipped."""
-
-ROW_LOSSES = ("vespo", "gmpo")
-"""Losses that reduce the row's token ratios themselves, and so need them at token level."""
-
-
-def _epsilon_high(config: AlgorithmConfig) -> float:
-    return config.epsilon if config.epsilon_high is None else config.epsilon_high
-
-
-def objective_from_config(config: AlgorithmConfig) -> Objective:
-    """The objective that a configuration describes. Raises UserError for settings that contradict each other."""
-    check_objective(config)
-    loss, clip_range = LOSSES[config.loss_type](config)
-    return Objective(
-        advantages=ADVANTAGES[config.advantage_estimator](config),
-        ratio_level=RATIO_LEVELS[config.importance_sampling_level],
-        loss=loss,
-        clip_range=clip_range,
-        aggregation=AGGREGATIONS[config.aggregation],
-        kl_estimator=KL_ESTIMATORS[config.kl_estimator],
-        beta=config.beta,
-        kl_times_ratio=config.use_bias_correction_kl,
-        entropy_coef=config.entropy_coef,
-        sampler_correction=_sampler_correction(config),
-        correction_in_ratio=config.loss_type == "vespo",
-        off_policy_threshold=config.off_policy_mask_threshold,
-        drop_truncated=config.mask_truncated_completions,
-        drop_zero_variance=config.filter_zero_variance,
-    )
-
-
-def _sampler_correction(config: AlgorithmConfig) -> Bound | None:
-    if config.sampler_correction == "none":
-        return None
-    bounds: Mapping[str, float] = {"low": config.sampler_correction_min, "high": config.sampler_correction_max}
-    return bind(SAMPLER_CORRECTIONS[config.sampler_correction], **bounds)
-
-
-def check_objective(config: AlgorithmConfig) -> None:
-    """Raises UserError for the first setting that cannot mean what it says."""
-    for bad, message in _contradictions(config):
-        if bad:
-            raise UserError(message)
-
-
-def _contradictions(config: AlgorithmConfig) -> list[tuple[bool, str]]:
-    high, level = _epsilon_high(config), config.importance_sampling_level
-    low_bound, high_bound = config.sampler_correction_min, config.sampler_correction_max
-    return [
-        (config.beta < 0, f"beta is {config.beta}; expected 0 or more"),
-        (config.epsilon < 0 or high < 0, f"epsilon is {config.epsilon}, epsilon_high {high}; expected 0 or more"),
-        (
-            config.loss_type == "clipped" and config.epsilon >= 1,
-            f"epsilon is {config.epsilon}; expected below 1, or the lower clip bound 1 - epsilon is never met",
-        ),
-        (
-            config.delta is not None and (config.loss_type != "clipped" or config.delta <= 1 + high),
-            f"delta is {config.delta}; it needs loss_type clipped and a value above 1 + epsilon_high = {1 + high:g}",
-        ),
-        (
-            config.loss_type in ROW_LOSSES and level != "token",
-            f"importance_sampling_level is {level}; loss_type {config.loss_type} reduces the row itself: use token",
-        ),
-        (
-            config.cispo_cap <= 1,
-            f"cispo_cap is {config.cispo_cap}; it bounds the ratio itself: expected above 1, e.g. 5",
-        ),
-        (
-            min(config.sapo_temperature_pos, config.sapo_temperature_neg) <= 0,
-            "sapo_temperature_pos and sapo_temperature_neg must be above 0",
-        ),
-        (
-            config.kl_estimator == "k1" and config.beta > 0 and not config.use_bias_correction_kl,
-            "kl_estimator is k1, whose gradient as a loss term has expectation 0: "
-            "use k2 or k3, or set use_bias_correction_kl",
-        ),
-        (
-            not 0 <= low_bound <= 1 <= high_bound,
-            f"sampler_correction_min and _max are {low_bound} and {high_bound}; expected min <= 1 <= max",
-        ),
-    ]

@@ -66,10 +66,10 @@ def policy_loss(
     if sampler_logprobs is None:
         per_token_loss = objective.loss(logprobs, log_ratio, advantages, mask)
     else:
-        log_rho = jnp.where(mask, old_logprobs - sampler_logprobs, 0)
-        terms["sampler_log_ratio"] = log_rho
-        per_token_loss = _corrected_loss(logprobs, log_ratio, log_rho, advantages, mask, objective)
-        per_token_loss *= _off_policy_mask(logprobs, old_logprobs - log_rho, advantages, mask, objective)
+        sampler_logprobs = jnp.where(mask, sampler_logprobs, 0)
+        terms["sampler_log_ratio"] = old_logprobs - sampler_logprobs
+        per_token_loss = _corrected_loss(logprobs, log_ratio, terms["sampler_log_ratio"], advantages, mask, objective)
+        per_token_loss *= _off_policy_mask(logprobs, sampler_logprobs, advantages, mask, objective)
     if token_mask is not None:
         per_token_loss *= token_mask
     if ref_logprobs is not None:
