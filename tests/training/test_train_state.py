@@ -77,7 +77,9 @@ checkpoints.close()
 def test_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     """The kernel refuses the write (file size limit, the same path in Orbax as a full disk)."""
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "file size limit" in done.stdout and "checkpoint of step 1 is intact" in done.stdout
-    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+    assert "file size limit" in done.stdout
+    assert "checkpoint of step 1 is intact" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
     assert [path.name for path in Path(tmp_path).iterdir()] == ["step_000001"]
     assert load_adapter(tmp_path)[0] == 1

@@ -1,0 +1,240 @@
+"""One GRPO training step as a pure function: a rollout batch in, a new state and metrics out.
+
+GRPO (Shao et al. 2024, arXiv:2402.03300). A batch is trained on for `num_iterations` passes of `num_minibatches`
+optimizer steps (the PPO loop); an optimizer step accumulates the gradient of the adapter over microbatches.
+
+- The old policy is the policy before the first optimizer step. In that step ℓ_old = sg(ℓ), so the ratio is 1 exactly;
+  later ones use log-probabilities stored beforehand. With one optimizer step a batch no such forward is made.
+- The reference is the same `base` with `lora = {}`: no copy, one forward before the updates, only if beta > 0.
+- The loss is Σ weights · per-token loss, with weights from the whole optimizer batch: microbatches slice them, so the
+  split cannot change the gradient.
+- An update with a non-finite loss or gradient, or with no token in its loss, is skipped inside the program:
+  parameters and optimizer state stay as they were. (Deviation from common practice for the empty case: Adam
+  would move the parameters by its momentum.)
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from jgrpo.algorithms import (
+    Objective,
+    completion_metrics,
+    loss_mask,
+    objective_from_config,
+    policy_loss,
+    policy_metrics,
+)
+from jgrpo.config import TrainConfig
+from jgrpo.models import Transformer
+from jgrpo.rollout import FINISH_STOP
+from jgrpo.training.forward import Rows, rows_of, token_logprobs
+from jgrpo.training.state import Batch, TrainState
+
+Params = Mapping[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+T = TypeVar("T")
+
+
+class Slices(struct.PyTreeNode):
+    """A batch cut into S minibatches of M microbatches of B rows: every array below is `[S, M, B, …]`.
+
+    Attributes:
+        rows: what the forward reads.
+        advantages: one for each row.
+        mask: tokens in the loss.
+        weights: of each token in the loss, from the whole minibatch.
+        sampler_logprobs: the same policy's as the sampler computed them (`Rollout.policy_logprobs`).
+        old_logprobs: policy before the first update; None if there is one update only.
+        ref_logprobs: base model; None if beta is 0.
+    """
+
+    rows: Rows
+    advantages: Float[Array, "S M B"]
+    mask: Bool[Array, "S M B C"]
+    weights: Float[Array, "S M B C"]
+    sampler_logprobs: Float[Array, "S M B C"]
+    old_logprobs: Float[Array, "S M B C"] | None = None
+    ref_logprobs: Float[Array, "S M B C"] | None = None
+
+
+@partial(jax.jit, static_argnames=("model", "optimizer", "config", "objective"), donate_argnames=("state",))
+def grpo_step(
+    state: TrainState,
+    base: Params,
+    batch: Batch,
+    *,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    objective: Objective | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Train on one batch.
+
+    Args:
+        state: donated: do not use it afterwards.
+        base: frozen weights; differentiating through them raises TypeError.
+        batch: Q divisible by `num_minibatches`, the rows of a minibatch by `microbatch_size`.
+        model, optimizer, config: static. Of the config, `algorithm`, `temperature`, `lora_dropout`,
+            `microbatch_size`, `remat` and `logprob_chunk` are read.
+
+        objective: what to minimise; None: `objective_from_config(config.algorithm)`. Static.
+
+    Returns:
+        The state after the batch (`step` one higher; the cursor is the caller's) and scalar metrics: loss and
+        grad_norm (means over the updates; the norm before clipping), learning_rate, `updates/skipped`, and those of
+        `policy_metrics` and `completion_metrics` over all tokens of all updates.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    objective = objective or objective_from_config(config.algorithm)
+    forward = partial(_forward, model, frozen(base), config)
+    updates = config.algorithm.num_iterations * config.algorithm.num_minibatches
+    slices = slice_batch(batch, objective, config.algorithm.num_minibatches, config.training.microbatch_size)
+    if updates > 1:
+        slices = slices.replace(old_logprobs=_map_slices(slices.rows, lambda rows: forward(state.lora, rows)[0]))
+    if objective.needs_reference:
+        slices = slices.replace(ref_logprobs=_map_slices(slices.rows, lambda rows: forward({}, rows)[0]))
+    dropout = _dropout_key(state) if model.lora.lora_dropout > 0 else None
+    update = partial(_update, slices=slices, forward=forward, optimizer=optimizer, objective=objective, dropout=dropout)
+    start = (state.lora, state.opt_state, state.nonfinite)
+    (lora, opt_state, nonfinite), records = jax.lax.scan(update, start, jnp.arange(updates))
+    metrics = {
+        "loss": records["loss"].mean(),
+        "grad_norm": records["grad_norm"].mean(),
+        "updates/skipped": records["skipped"].sum(),
+        **policy_metrics(records["terms"], records["mask"]),
+        **completion_metrics(batch.rollout.completion_lengths, batch.rollout.finish == FINISH_STOP),
+    }
+    if (rate := optax.tree_utils.tree_get(opt_state, "learning_rate")) is not None:
+        metrics["learning_rate"] = rate
+    return state.replace(step=state.step + 1, lora=lora, opt_state=opt_state, nonfinite=nonfinite), metrics
+
+
+@jax.custom_jvp
+def frozen(base: T) -> T:
+    """`base` unchanged; differentiating with respect to any leaf raises TypeError instead of costing its gradient."""
+    return base
+
+
+@frozen.defjvp
+def _frozen_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    raise TypeError("the base model is frozen: differentiate with respect to the adapter (lora), not base")
+
+
+def slice_batch(batch: Batch, objective: Objective, minibatches: int, size: int) -> Slices:
+    """Rows, masks and weights of a batch, cut into minibatches by question and into microbatches of `size` rows.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    rollout = batch.rollout
+    questions, generations, length = rollout.completion_tokens.shape
+    rows = questions * generations // minibatches
+    if questions % minibatches or rows % size:
+        raise ValueError(
+            f"{questions} prompts x {generations} completions do not divide into {minibatches} minibatches of microbatches "
+            f"of {size} rows"
+        )
+    mask = loss_mask(objective, rollout.completion_mask, rollout.finish == FINISH_STOP, batch.rewards)
+    tokens = mask.sum()
+    weights = jax.vmap(lambda part: objective.aggregation(part, length, tokens))(
+        mask.reshape(minibatches, -1, generations, length)
+    )
+    per_token = (array.reshape(-1, length) for array in (mask, weights, rollout.policy_logprobs))
+    whole = Slices(rows_of(rollout), batch.advantages.reshape(-1), *per_token)
+    return jax.tree.map(lambda array: array.reshape(minibatches, rows // size, size, *array.shape[1:]), whole)
+
+
+def _map_slices(rows: Rows, function: Any) -> Float[Array, "S M B C"]:
+    """`function` on one microbatch after the other."""
+    lead = rows.prompt_lengths.shape[:2]
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
+    values = jax.lax.map(function, flat)
+    return values.reshape(*lead, *values.shape[1:])
+
+
+def _forward(
+    model: Transformer, base: Params, config: TrainConfig, lora: Params, rows: Rows, dropout_key: Array | None = None
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    training = config.training
+    return token_logprobs(
+        model,
+        base,
+        lora,
+        rows,
+        temperature=config.rollout.temperature,
+        remat=training.remat,
+        chunk=training.logprob_chunk,
+        dropout_key=dropout_key,
+    )
+
+
+def _update(
+    carry: Any, index: Array, *, slices: Slices, forward: Any, optimizer: Any, objective: Objective, dropout: Any
+):
+    """One optimizer step on minibatch `index % S`: accumulate, clip, update, or skip."""
+    lora, opt_state, nonfinite = carry
+    minibatch = jax.tree.map(lambda a: a[index % slices.mask.shape[0]], slices)
+    key = None if dropout is None else jax.random.fold_in(dropout, index)
+    loss = partial(_microbatch_loss, forward=forward, objective=objective, is_first=index == 0, key=key)
+    total, grads, terms = accumulate(loss, lora, minibatch)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    apply = finite & jnp.any(minibatch.weights > 0)
+    changes, new_opt_state = optimizer.update(grads, opt_state, lora)
+    new = (optax.apply_updates(lora, changes), new_opt_state)
+    lora, opt_state = jax.tree.map(lambda after, before: jnp.where(apply, after, before), new, (lora, opt_state))
+    nonfinite = jnp.where(finite, 0, nonfinite + 1)
+    record = {"loss": total, "grad_norm": norm, "skipped": ~apply, "terms": terms, "mask": minibatch.mask}
+    return (lora, opt_state, nonfinite), record
+
+
+def accumulate(loss: Any, lora: Params, minibatch: Slices) -> tuple[Float[Array, ""], Params, Any]:
+    """Sum of a loss over microbatches, its gradient in the adapter, and the loss's terms `[M, B, C]`.
+
+    `loss(lora, microbatch, index) -> (scalar, terms)`; the microbatches' losses add up to the minibatch's.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(sums: Any, inputs: Any) -> tuple[Any, Any]:
+        (value, terms), grads = gradient(lora, *inputs)
+        return jax.tree.map(jnp.add, sums, (value, grads)), terms
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
+    microbatches = jnp.arange(minibatch.mask.shape[0])
+    (total, grads), terms = jax.lax.scan(step, zeros, (minibatch, microbatches))
+    return total, grads, terms
+
+
+def _microbatch_loss(
+    lora: Params, part: Slices, index: Array, *, forward: Any, objective: Objective, is_first: Array, key: Array | None
+) -> tuple[Float[Array, ""], Any]:
+    dropout_key = None if key is None else jax.random.fold_in(key, index)
+    logprobs, entropy = forward(lora, part.rows, dropout_key)
+    old = jax.lax.stop_gradient(logprobs)
+    if part.old_logprobs is not None:
+        old = jnp.where(is_first, old, part.old_logprobs)
+    return policy_loss(
+        logprobs,
+        old,
+        part.advantages,
+        part.mask,
+        part.weights,
+        objective,
+        ref_logprobs=part.ref_logprobs,
+        sampler_logprobs=part.sampler_logprobs,
+        entropy=entropy,
+    )
+
+
+def _dropout_key(state: TrainState) -> Array:
+    # The sampler of this step uses fold_in(key, step) itself; the dropout's stream branches off it.
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x64726F70)
