@@ -1,0 +1,213 @@
+"""The decode loop against the full forward, against itself in other batches, and against `transformers`."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jgrpo.checkpoints.hf import load_base, load_model_config
+from jgrpo.config import QuantizationConfig, RolloutConfig
+from jgrpo.models import Transformer
+from jgrpo.rollout import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout, generate, stream, truncate
+from jgrpo.rollout.sampler import chunking
+from tests.rollout.conftest import Policy
+from tests.tiny_checkpoints import make_checkpoint
+
+PAD = 0
+CONFIG = RolloutConfig(num_generations=3, max_completion_length=41)
+STOPS = tuple(range(5, 97, 12))
+TRUNCATIONS = [
+    dict(),
+    dict(temperature=0.7),
+    dict(top_k=5),
+    dict(top_p=0.7, temperature=1.3),
+    dict(min_p=0.05, top_k=20, top_p=0.9),
+    dict(temperature=0.0),
+]
+
+
+def sample(policy: Policy, prompts: Prompts, seed: int = 1, eos_ids: tuple[int, ...] = STOPS, **settings) -> Rollout:
+    config = dataclasses.replace(CONFIG, **settings)
+    return generate(*policy, prompts, jax.random.key(seed), config, eos_ids=eos_ids, pad_id=PAD)
+
+
+def full_logits(policy: Policy, rollout: Rollout) -> np.ndarray:
+    """Logits [Q, G, C, V] that predict each completion token, from the forward without a cache, row by row."""
+    model, base, lora = policy
+    variables = {"params": base, "lora": lora}
+    questions, group, limit = rollout.completion_tokens.shape
+    out = np.zeros((questions, group, limit, model.config.vocab_size), np.float32)
+    forward = jax.jit(lambda tokens, lengths: model.apply(variables, model.apply(variables, tokens, lengths), method="logits"))
+    for q in range(questions):
+        start = int(rollout.prompt_lengths[q])
+        prompt = jnp.broadcast_to(rollout.prompt_tokens[q, :start], (group, start))
+        tokens = jnp.concatenate([prompt, rollout.completion_tokens[q]], axis=1)
+        tokens = jnp.pad(tokens, ((0, 0), (0, rollout.prompt_tokens.shape[1] - start)))
+        logits = forward(tokens, start + rollout.completion_lengths[q])
+        out[q] = np.asarray(logits)[:, start - 1 : start - 1 + limit]
+    return out
+
+
+@pytest.mark.parametrize("settings", TRUNCATIONS, ids=str)
+def test_logprobs_are_those_of_the_full_forward_under_the_same_transforms(
+    policy: Policy, prompts: Prompts, settings: dict
+) -> None:
+    rollout = sample(policy, prompts, **settings)
+    temperature = settings.get("temperature", 1.0) or 1.0
+    logits = jnp.asarray(full_logits(policy, rollout)) / temperature
+    cuts = {name: value for name, value in settings.items() if name != "temperature"}
+    cuts = dict(top_k=1) if settings.get("temperature") == 0.0 else cuts
+    mask = np.asarray(rollout.completion_mask)
+    assert mask.sum() > 100
+
+    def picked(values: jax.Array) -> np.ndarray:
+        logp = jax.nn.log_softmax(values)
+        return np.asarray(jnp.take_along_axis(logp, rollout.completion_tokens[..., None], axis=-1)[..., 0])[mask]
+
+    np.testing.assert_allclose(np.asarray(rollout.logprobs)[mask], picked(truncate(logits, **cuts)), atol=1e-4)
+    np.testing.assert_allclose(np.asarray(rollout.policy_logprobs)[mask], picked(logits), atol=1e-4)
+    assert not np.asarray(rollout.logprobs)[~mask].any()
+    assert not np.asarray(rollout.log_kept)[~mask].any()
+
+
+def test_greedy_follows_the_argmax_of_the_full_forward(policy: Policy, prompts: Prompts) -> None:
+    rollout = sample(policy, prompts, temperature=0.0)
+    expected = full_logits(policy, rollout).argmax(-1)
+    mask = np.asarray(rollout.completion_mask)
+    np.testing.assert_array_equal(np.asarray(rollout.completion_tokens)[mask], expected[mask])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_greedy_is_the_greedy_of_transformers(tmp_path: Path, family: str) -> None:
+    path = make_checkpoint(tmp_path / family, family)
+    config = load_model_config(path)
+    base = load_base(path, config, QuantizationConfig(quantization="none"))
+    prompts = Prompts(jax.random.randint(jax.random.key(0), (3, 9), 0, 256), jnp.asarray([9, 4, 6]))
+    rollout = sample(Policy(Transformer(config), base, {}), prompts, temperature=0.0, eos_ids=(), num_generations=1)
+    reference = AutoModelForCausalLM.from_pretrained(path)
+    for q, length in enumerate(prompts.lengths.tolist()):
+        ids = torch.tensor(np.asarray(prompts.tokens[q : q + 1, :length]))
+        options = dict(do_sample=False, max_new_tokens=CONFIG.max_completion_length, eos_token_id=None, pad_token_id=PAD)
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, length:]
+        np.testing.assert_array_equal(rollout.completion_tokens[q, 0], expected.numpy())
+
+
+def test_top_k_one_is_greedy(policy: Policy, prompts: Prompts) -> None:
+    greedy, top = sample(policy, prompts, temperature=0.0), sample(policy, prompts, top_k=1, temperature=2.0)
+    np.testing.assert_array_equal(greedy.completion_tokens, top.completion_tokens)
+    np.testing.assert_allclose(top.logprobs, 0.0, atol=1e-6)
+
+
+def test_mask_ends_with_the_first_stop_token(policy: Policy, prompts: Prompts) -> None:
+    rollout = jax.tree.map(np.asarray, sample(policy, prompts))
+    limit = CONFIG.max_completion_length
+    assert {FINISH_STOP, FINISH_LENGTH} == set(rollout.finish.ravel().tolist())
+    for q, g in np.ndindex(rollout.finish.shape):
+        tokens, length = rollout.completion_tokens[q, g], rollout.completion_lengths[q, g]
+        stops = np.flatnonzero(np.isin(tokens[:length], STOPS))
+        np.testing.assert_array_equal(rollout.completion_mask[q, g], np.arange(limit) < length)
+        np.testing.assert_array_equal(tokens[length:], PAD)
+        if rollout.finish[q, g] == FINISH_STOP:
+            assert stops.tolist() == [length - 1]
+        else:
+            assert length == limit
+            assert stops.size == 0
+
+
+def test_pad_that_is_also_a_stop_id_stays_in_the_mask(policy: Policy, prompts: Prompts) -> None:
+    """The mask is made while drawing: a drawn stop token counts although padding looks the same."""
+    pad = STOPS[0]
+    config = dataclasses.replace(CONFIG, num_generations=16)
+    rollout = generate(*policy, prompts, jax.random.key(1), config, eos_ids=(pad,), pad_id=pad)
+    tokens, lengths = np.asarray(rollout.completion_tokens), np.asarray(rollout.completion_lengths)
+    stopped = np.asarray(rollout.finish) == FINISH_STOP
+    assert stopped.any()
+    last = np.take_along_axis(tokens, lengths[..., None] - 1, axis=-1)[..., 0]
+    assert (last[stopped] == pad).all()
+
+
+def test_stop_token_ids_of_the_config_stop_too(policy: Policy, prompts: Prompts) -> None:
+    by_config = sample(policy, prompts, eos_ids=STOPS[:3], stop_token_ids=STOPS[3:])
+    np.testing.assert_array_equal(by_config.completion_tokens, sample(policy, prompts).completion_tokens)
+
+
+def test_same_key_same_tokens_and_another_key_other_tokens(policy: Policy, prompts: Prompts) -> None:
+    first, again, other = (sample(policy, prompts, seed).completion_tokens for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).any(axis=-1).all()
+
+
+def test_completions_of_a_group_differ(policy: Policy, prompts: Prompts) -> None:
+    tokens = np.asarray(sample(policy, prompts, eos_ids=()).completion_tokens)
+    for group in tokens:
+        assert len({row.tobytes() for row in group}) == len(group)
+
+
+def test_prompts_of_different_lengths_together_equal_each_alone(policy: Policy, prompts: Prompts) -> None:
+    """With the padding filled by other tokens, which nothing may read."""
+    together = sample(policy, prompts, temperature=0.0)
+    for q, length in enumerate(prompts.lengths.tolist()):
+        alone = sample(policy, Prompts(prompts.tokens[q : q + 1, :length], prompts.lengths[q : q + 1]), temperature=0.0)
+        np.testing.assert_array_equal(together.completion_tokens[q], alone.completion_tokens[0])
+        np.testing.assert_allclose(together.policy_logprobs[q], alone.policy_logprobs[0], atol=1e-4)
+
+
+def test_a_row_draws_the_same_whatever_batch_and_limit_it_is_in(policy: Policy, prompts: Prompts) -> None:
+    large = sample(policy, prompts)
+    small = sample(policy, jax.tree.map(lambda x: x[:2], prompts), num_generations=2, max_completion_length=17)
+    np.testing.assert_array_equal(large.completion_tokens[:2, :2, :17], small.completion_tokens)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_early_exit_changes_nothing(policy: Policy, prompts: Prompts, chunk: int) -> None:
+    """`generate` leaves when every row is done; chunks of other sizes leave elsewhere, or not at all (64)."""
+    stops = tuple(range(0, 97, 4))
+    rollout = sample(policy, prompts, eos_ids=stops)
+    assert int(rollout.completion_lengths.max()) < 32 < CONFIG.max_completion_length
+    pieces = list(stream(*policy, prompts, jax.random.key(1), CONFIG, eos_ids=stops, pad_id=PAD, chunk=chunk))
+    streamed = jax.tree.map(lambda *parts: np.moveaxis(np.concatenate(parts), 0, -1), *pieces)
+    steps = min(streamed.token.shape[-1], CONFIG.max_completion_length)
+    assert (steps < CONFIG.max_completion_length) == (chunk < 64)
+    np.testing.assert_array_equal(streamed.token[..., :steps], rollout.completion_tokens[..., :steps])
+    np.testing.assert_array_equal(streamed.live[..., :steps], rollout.completion_mask[..., :steps])
+    np.testing.assert_allclose(streamed.logprob[..., :steps], rollout.logprobs[..., :steps], atol=1e-5)
+    assert not np.asarray(rollout.completion_mask[..., steps:]).any()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 33, 34, 66])
+def test_every_length_limit(policy: Policy, prompts: Prompts, limit: int) -> None:
+    """Limits that chunks divide and limits they overshoot: exactly `limit` tokens, all of them counted."""
+    rollout = sample(policy, prompts, eos_ids=(), max_completion_length=limit)
+    assert rollout.completion_tokens.shape == (5, 3, limit)
+    assert np.asarray(rollout.completion_mask).all()
+    assert (np.asarray(rollout.finish) == FINISH_LENGTH).all()
+    longer = sample(policy, prompts, eos_ids=(), max_completion_length=70)
+    np.testing.assert_array_equal(rollout.completion_tokens, longer.completion_tokens[..., :limit])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 32, 33, 34, 96, 100, 512, 1000])
+def test_chunks_overshoot_by_less_than_their_number(limit: int) -> None:
+    size, count = chunking(limit, 32)
+    assert 1 <= size <= 32
+    assert 0 <= size * count - (limit - 1) < max(count, 1)
+
+
+def test_an_int4_base_samples_like_its_own_full_forward(int4_policy: Policy, prompts: Prompts) -> None:
+    rollout = sample(int4_policy, prompts)
+    mask = np.asarray(rollout.completion_mask)
+    logp = jax.nn.log_softmax(jnp.asarray(full_logits(int4_policy, rollout)))
+    expected = jnp.take_along_axis(logp, rollout.completion_tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(np.asarray(rollout.logprobs)[mask], np.asarray(expected)[mask], atol=1e-4)
+
+
+def test_the_adapter_changes_the_policy_and_an_empty_one_is_the_base(policy: Policy, prompts: Prompts) -> None:
+    zero = jax.tree.map(jnp.zeros_like, policy.lora)
+    with_zero = sample(policy._replace(lora=zero), prompts)
+    without = sample(policy._replace(lora={}), prompts)
+    np.testing.assert_array_equal(with_zero.completion_tokens, without.completion_tokens)
+    assert (np.asarray(sample(policy, prompts).completion_tokens) != np.asarray(without.completion_tokens)).any()
