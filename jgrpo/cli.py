@@ -10,6 +10,7 @@ stays smaller. (tyro, the best candidate, reports errors as boxes and has no pub
 """
 
 import argparse
+import io
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -63,14 +64,14 @@ def resolve_config(
         if name not in table:
             raise UserError(f"unknown setting {name!r}.{nearest(name, table)}")
     values = {name: check_value(table[name], value, name) for name, value in values.items()}
-    resolved = build(TrainConfig, _merge(TrainConfig, preset, config, values))
+    resolved = build(TrainConfig, _merge(TrainConfig, preset, [config] if config else [], values))
     validate(resolved)
     return resolved
 
 
 def load_config(path: str | Path, cls: type[C] = TrainConfig) -> C:
     """A configuration from a YAML file: `save_config`'s, or a partial one over the defaults."""
-    return build(cls, _merge(cls, None, path, {}))
+    return build(cls, _merge(cls, None, [path], {}))
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -81,8 +82,9 @@ def save_config(config: Any, path: str | Path) -> None:
 def parse_command(cls: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
     """A command's configuration class from its command line; flags are the class's settings.
 
-    `cls` is a dataclass of sections (classes of `jgrpo.config`) and fields of its own; it also
-    gets `--config` and `--preset`, whose training settings outside `cls` are ignored.
+    `cls` is a dataclass of sections (classes of `jgrpo.config`) and fields of its own. With sections it
+    also gets `--config` and `--preset`, whose training settings outside `cls` are ignored; if it
+    has a setting `run`, that run's config.yaml is the layer under `--config`.
     Raises UserError for unknown flags, wrong types and missing values. Ranges are `validate`'s job.
     """
     argv = [_hyphenated(token) for token in (sys.argv[1:] if argv is None else argv)]
@@ -93,7 +95,17 @@ def parse_command(cls: type[C], argv: Sequence[str] | None = None, *, prog: str,
     preset, config = texts.pop("preset", None), texts.pop("config", None)
     table = settings_of(cls)
     flags = {name: check_value(table[name], from_text(table[name], text), flag(name)) for name, text in texts.items()}
-    return build(cls, _merge(cls, preset, config, flags))
+    return build(cls, _merge(cls, preset, [*_run_config(cls, flags), *([config] if config else [])], flags))
+
+
+def _run_config(cls: type, flags: Layer) -> list[Path]:
+    run = flags.get("run")
+    if run is None or not sections_of(cls):
+        return []
+    path = Path(run, "config.yaml")
+    if not path.is_file():
+        raise UserError(f"--run {run}: no config.yaml in it. Give the output directory of a training run.")
+    return [path]
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -101,6 +113,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     Other exceptions keep their traceback: they are bugs, not input.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a model's characters must not crash a terminal that lacks them
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except UserError as error:
@@ -112,12 +127,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _merge(cls: type, preset: str | None, config: str | Path | None, flags: Layer) -> Layer:
+def _merge(cls: type, preset: str | None, files: Sequence[str | Path], flags: Layer) -> Layer:
     upper: Layer = {}
-    if preset is not None:
-        upper |= read_layer(preset_path(preset), cls, TrainConfig)
-    if config is not None:
-        upper |= read_layer(config, cls, TrainConfig)
+    for path in ([preset_path(preset)] if preset else []) + [*map(Path, files)]:
+        upper |= read_layer(path, cls, TrainConfig)
     upper |= flags
     table = settings_of(cls)
     is_demo = "model" in table and upper.get("model", table["model"].default) == DEMO
@@ -173,22 +186,26 @@ def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentPars
         formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        usage=f"{prog} [--config FILE.yaml] [--preset NAME] [--flag VALUE ...]",
-        epilog="Later wins: defaults, the demo model's preset, --preset, --config, flags.",
+        usage=f"{prog} {'[--config FILE.yaml] [--preset NAME] ' if sections_of(cls) else ''}[--flag VALUE ...]",
+        epilog="Later wins: defaults, the demo model's preset, --preset, --config, flags."
+        if sections_of(cls)
+        else None,
     )
     demo = read_layer(preset_path(DEMO), cls, TrainConfig)
     groups = {"": parser.add_argument_group("command")}
-    groups[""].add_argument(
-        "--config", metavar="FILE.yaml", help="settings from a file (a run saves its own: config.yaml)"
-    )
-    groups[""].add_argument(
-        "--preset", metavar="NAME", help="settings shipped with jgrpo: " + ", ".join(preset_names())
-    )
+    if sections_of(cls):
+        _add_layer_flags(groups[""])
     for name, section in sections_of(cls).items():
         groups[name] = parser.add_argument_group(name, (section.__doc__ or "").strip().splitlines()[0])
     for setting in settings_of(cls).values():
         _add_flag(groups[setting.section], setting, demo.get(setting.name, setting.default))
     return parser
+
+
+def _add_layer_flags(group: Any) -> None:
+    presets = ", ".join(preset_names())
+    group.add_argument("--config", metavar="FILE.yaml", help="settings from a file (a run saves its own: config.yaml)")
+    group.add_argument("--preset", metavar="NAME", help=f"settings shipped with jgrpo: {presets}")
 
 
 def _add_flag(group: Any, setting: Setting, demo_value: Any) -> None:

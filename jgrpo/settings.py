@@ -51,6 +51,7 @@ class Setting:
 
     @property
     def is_tuple(self) -> bool:
+        """Whether it takes several values."""
         return get_origin(self.annotation) is tuple
 
     @property

@@ -1,11 +1,12 @@
 """What no single type can check: ranges, settings that must divide each other, and what a resumed run may change."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from re import sub
-from typing import Any
+from typing import Any, NamedTuple
 
 from jgrpo.config import LINEAR_MODULES, TrainConfig
 from jgrpo.errors import UserError
@@ -20,31 +21,46 @@ def validate(config: TrainConfig) -> None:
     check_rewards(config)
 
 
-_POSITIVE = """lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout epsilon
-    num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_chunk max_nonfinite_steps
-    max_grad_norm keep_last eval_prompts""".split()
-_NOT_NEGATIVE = """beta top_k learning_rate warmup_steps weight_decay seed save_every eval_every
-    eval_temperature log_completions_every""".split()
-_FRACTION = "lora_dropout min_p adam_b1 adam_b2".split()
-
-
 def check_ranges(values: dict[str, Any]) -> None:
     """Ranges of the numbers in a flat table of settings; names that the table lacks are skipped, nulls too."""
     present = {name: value for name, value in values.items() if value is not None}
     for name, value in present.items():
         if isinstance(value, float) and not isfinite(value):
             raise UserError(f"{flag(name)} is {value}: expected a finite number.")
-    rules = [(_POSITIVE, "above 0", lambda v: v > 0), (_NOT_NEGATIVE, "0 or above", lambda v: v >= 0)]
-    rules += [(_FRACTION, "at least 0 and below 1", lambda v: 0 <= v < 1)]
-    rules += [(["num_generations"], "at least 2: a group's advantages compare its completions", lambda v: v >= 2)]
-    rules += [(["top_p"], "above 0 and at most 1", lambda v: 0 < v <= 1)]
-    rules += [(["seed"], "below 2**32", lambda v: v < 2**32)]
-    rules += [(["epsilon"], "below 1: the ratio's lower bound is 1 - epsilon", lambda v: v < 1)]
-    rules += [(["epsilon_high"], "above 0", lambda v: v > 0)]
-    for names, expected, holds in rules:
-        for name in names:
-            if name in present and not holds(present[name]):
-                raise UserError(f"{flag(name)} is {present[name]}: expected {expected}.")
+    for rule in RANGES:
+        for name in rule.names.split():
+            if name in present and not rule.holds(present[name]):
+                raise UserError(f"{flag(name)} is {present[name]}: expected {rule.expected}.")
+
+
+class Range(NamedTuple):
+    """What some numbers must satisfy."""
+
+    expected: str
+    holds: Callable[[float], bool]
+    names: str
+
+
+RANGES = (
+    Range(
+        "above 0",
+        lambda v: v > 0,
+        "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout epsilon epsilon_high "
+        "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_chunk max_nonfinite_steps "
+        "max_grad_norm keep_last eval_prompts",
+    ),
+    Range(
+        "0 or above",
+        lambda v: v >= 0,
+        "beta top_k learning_rate warmup_steps weight_decay seed save_every eval_every eval_temperature "
+        "log_completions_every",
+    ),
+    Range("at least 0 and below 1", lambda v: 0 <= v < 1, "lora_dropout min_p adam_b1 adam_b2"),
+    Range("above 0 and at most 1", lambda v: 0 < v <= 1, "top_p"),
+    Range("at least 2: a group's advantages compare its completions", lambda v: v >= 2, "num_generations"),
+    Range("below 1: the ratio's lower bound is 1 - epsilon", lambda v: v < 1, "epsilon"),
+    Range("below 2**32", lambda v: v < 2**32, "seed"),
+)
 
 
 def nearest_divisors(total: int, value: int) -> list[int]:
@@ -106,9 +122,9 @@ def check_rewards(config: TrainConfig) -> None:
 # These don't: where and how often things are written and measured, and how the same gradient is computed
 # in memory (equal up to rounding: the way out of a run that was stopped for lack of memory).
 RESUME_MAY_CHANGE = frozenset(
-    """output_dir resume save_every keep_last eval_every eval_prompts eval_temperature eval_dataset
-    log_completions_every tensorboard wandb wandb_project reward_timeout reward_errors max_nonfinite_steps
-    microbatch_size remat logprob_chunk""".split()
+    {"output_dir", "resume", "save_every", "keep_last", "eval_every", "eval_prompts", "eval_temperature"}
+    | {"eval_dataset", "log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
+    | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "remat", "logprob_chunk"}
 )
 
 

@@ -1,0 +1,1 @@
+"""Settings shipped with the package: `--preset NAME`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from jgrpo.config import TrainConfig
 from jgrpo.reporting.diagnose import Watch
@@ -21,28 +21,28 @@ class CompletionRow:
     """More to keep with the row, JSON-able: length, finish reason, data set columns."""
 
 
-class Sink(Protocol):
-    """One destination. The calls arrive in order: start, then any of the others, then finish."""
+class Sink:
+    """One destination; each method does nothing unless overridden.
+
+    The calls arrive in order: start, then any of the others, then finish.
+    """
 
     def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
         """The run begins, or resumes after `first_step` finished steps; what is later than that is dropped."""
-        ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of one finished step, evaluation's among them with the prefix `eval_`. Steps count from 1."""
-        ...
+        """Metrics of one finished step, evaluation's among them with the prefix `eval_`. Steps count from 1;
+        an evaluation before the first update is step 0.
+        """
 
     def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
         """Completions of a step, grouped by prompt."""
-        ...
 
     def warn(self, text: str) -> None:
         """Something a person should know, in words."""
-        ...
 
     def finish(self, summary: str) -> None:
         """The run ends, for whatever reason; nothing is lost if this is never called."""
-        ...
 
 
 class Reporter:
@@ -81,6 +81,6 @@ class Reporter:
             sink.finish(summary)
 
 
-def is_due(step: int, every: int, last_step: int) -> bool:
+def is_due(step: int, every: int, last_step: int, first_step: int = 1) -> bool:
     """Whether something done every N steps is done now: at the first step, each N-th and the last; never if N = 0."""
-    return every > 0 and (step in (1, last_step) or step % every == 0)
+    return every > 0 and (step in (first_step, last_step) or step % every == 0)

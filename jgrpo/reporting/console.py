@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jgrpo.config import TrainConfig
-from jgrpo.reporting.base import CompletionRow
+from jgrpo.reporting.base import CompletionRow, Sink
 from jgrpo.reporting.samples import notable
 from jgrpo.reporting.text import duration, number, printable, size
 
@@ -34,16 +34,17 @@ class Clock:
         self._steps: deque[float] = deque(maxlen=20)
         self._counted = 0
 
-    def tick(self) -> None:
-        """One more step is done."""
-        now = self._now()
-        if self._counted == 1:
-            self._steps.clear()
-        self._steps.append(now - self._last)
-        self._counted += 1
-        self._last = now
+    def tick(self, counted: bool = True) -> None:
+        """One more step is done; `counted=False`: what was done was not a training step."""
+        now, self._last, began = self._now(), self._now(), self._last
+        if counted:
+            if self._counted == 1:
+                self._steps.clear()
+            self._steps.append(now - began)
+            self._counted += 1
 
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return self._now() - self._began
 
     def left(self, steps: int) -> float | None:
@@ -79,7 +80,7 @@ def held_out(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name.removeprefix('eval_')} {number(metrics[name])}" for name in names)
 
 
-class Console:
+class Console(Sink):
     """Sink for people."""
 
     def __init__(self, run_dir: Path, console: RichConsole | None = None, clock: Clock | None = None) -> None:
@@ -90,6 +91,7 @@ class Console:
         self._evaluations: list[tuple[int, str]] = []
 
     def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+        """The run in one line, the plan, and the progress bar."""
         self.total = config.training.steps
         self.clock = self._clock or Clock()
         self._print(_title(config), style="bold")
@@ -115,12 +117,15 @@ class Console:
         atexit.register(self._live.stop)  # a crash must give the cursor back
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.clock.tick()
+        """Move the bar, or print the step's line; an evaluation always gets a line of its own."""
+        self.clock.tick(counted=step > 0)
         left = self.clock.left(self.total - step)
         times = f"{duration(self.clock.elapsed())} elapsed, {duration(left or 0)} left"
         if evaluation := held_out(metrics):
             self._evaluations.append((step, evaluation))
             self._print(f"step {step}/{self.total}  held-out: {evaluation}", style="bold green")
+        if step == 0:
+            return
         if self._live is None:
             self._print(f"step {step}/{self.total}  {step_summary(metrics)}  {times}")
         else:
@@ -128,12 +133,15 @@ class Console:
             self._live.update(Group(self.progress, Text(step_summary(metrics), overflow="ellipsis", no_wrap=True)))
 
     def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
+        """A table of a few telling rows."""
         self.console.print(completions_table(step, notable(rows, ROWS_SHOWN)))
 
     def warn(self, text: str) -> None:
+        """One yellow line."""
         self._print("warning: " + printable(text), style="yellow")
 
     def finish(self, summary: str) -> None:
+        """Held-out numbers before and after, the summary, and where the report is."""
         if self._live is not None:
             self._live.stop()
         if len(self._evaluations) > 1:
@@ -160,7 +168,7 @@ def completions_table(step: int, rows: Sequence[CompletionRow]) -> Table:
     table.add_column("rewards", ratio=2, min_width=14)
     table.add_column("advantage", justify="right", min_width=9)
     for row in rows:
-        rewards = "\n".join(f"{name} {number(value)}" for name, value in row.rewards.items())
+        rewards = "\n".join(f"{number(value)} {name}" for name, value in row.rewards.items())
         table.add_row(
             Text(printable(row.prompt, max_lines=6, max_chars=300)),
             Text(printable(row.completion)),

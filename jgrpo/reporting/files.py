@@ -6,13 +6,13 @@ loses nothing it logged, and what a resumed run will repeat is dropped when it s
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
 from jgrpo.config import TrainConfig
-from jgrpo.reporting.base import CompletionRow
+from jgrpo.reporting.base import CompletionRow, Sink
 
 METRICS, WARNINGS, COMPLETIONS = "metrics.jsonl", "warnings.jsonl", "completions"
 
@@ -30,10 +30,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_lines(run_dir / METRICS)
 
 
-def read_completions(run_dir: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(step, rows) of every logged step, in order, read as they are asked for."""
-    for path in sorted((run_dir / COMPLETIONS).glob("step_*.jsonl")):
-        yield int(path.stem.removeprefix("step_")), read_lines(path)
+def completions_path(run_dir: Path, step: int) -> Path:
+    """The file of one step's completions."""
+    return run_dir / COMPLETIONS / f"step_{step:06}.jsonl"
+
+
+def logged_steps(run_dir: Path) -> list[int]:
+    """Steps whose completions were logged, in order."""
+    return sorted(int(path.stem.removeprefix("step_")) for path in (run_dir / COMPLETIONS).glob("step_*.jsonl"))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -67,7 +71,7 @@ def keep_steps(path: Path, last_step: int) -> None:
         write_atomically(path, "".join(json_line(line) for line in read_lines(path) if line["step"] <= last_step))
 
 
-class RunFiles:
+class RunFiles(Sink):
     """Sink that writes the run directory's record."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -76,32 +80,37 @@ class RunFiles:
         self._metrics: TextIO | None = None
 
     def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+        """Drop what a resumed run will repeat, and open metrics.jsonl."""
         (self.run_dir / COMPLETIONS).mkdir(parents=True, exist_ok=True)
         keep_steps(self.run_dir / METRICS, first_step)
         keep_steps(self.run_dir / WARNINGS, first_step)
-        for path in (self.run_dir / COMPLETIONS).glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > first_step:
-                path.unlink()
+        for step in logged_steps(self.run_dir):
+            if step > first_step:
+                completions_path(self.run_dir, step).unlink()
         self.last_step = first_step
         self._metrics = (self.run_dir / METRICS).open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl."""
         assert self._metrics is not None, "start() comes before log()"
         self.last_step = step
         self._metrics.write(json_line({"step": step, **metrics}))
         self._metrics.flush()
 
     def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
+        """One file, one line for each row."""
         lines = [
             {"prompt": r.prompt, "completion": r.completion, "rewards": r.rewards, "advantage": r.advantage, **r.extra}
             for r in rows
         ]
-        write_atomically(self.run_dir / COMPLETIONS / f"step_{step:06}.jsonl", "".join(map(json_line, lines)))
+        write_atomically(completions_path(self.run_dir, step), "".join(map(json_line, lines)))
 
     def warn(self, text: str) -> None:
+        """One line of warnings.jsonl, under the last finished step."""
         with (self.run_dir / WARNINGS).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json_line({"step": self.last_step, "text": text}))
 
     def finish(self, summary: str) -> None:
+        """Close metrics.jsonl."""
         if self._metrics is not None:
             self._metrics.close()

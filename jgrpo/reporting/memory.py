@@ -2,12 +2,13 @@
 
 import resource
 import sys
+from typing import Any
 
 import jax
 
 
-def memory_metrics(device: jax.Device | None = None) -> dict[str, float]:
-    """`memory/{peak,in_use}_bytes` of a device (default: the first); on a CPU `memory/host_peak_rss_bytes`.
+def memory_metrics(device: Any = None) -> dict[str, float]:
+    """`memory/{peak,in_use}_bytes` of a `jax.Device` (default: the first); on a CPU `memory/host_peak_rss_bytes`.
 
     JAX's CPU device keeps no statistics (`memory_stats()` is None), and the process's peak resident
     size is not the same thing, so it has another name.

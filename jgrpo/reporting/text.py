@@ -26,7 +26,7 @@ def number(value: float | None) -> str:
         return "none" if value is None else str(value)
     if value == 0 or 1e-4 <= abs(value) < 1e4:
         return f"{value:.4g}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.2e}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def size(count: float) -> str:

@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases sinks."""
 
+import importlib
 import importlib.util
 import uuid
 from collections.abc import Mapping, Sequence
@@ -7,17 +8,18 @@ from pathlib import Path
 
 from jgrpo.config import TrainConfig
 from jgrpo.errors import UserError
-from jgrpo.reporting.base import CompletionRow
+from jgrpo.reporting.base import Sink
 from jgrpo.settings import flatten
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Event files under `tensorboard/`, through tensorboardX (no TensorFlow, no torch)."""
 
     def __init__(self, run_dir: Path) -> None:
         self.directory = run_dir / "tensorboard"
 
     def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+        """Open the event file."""
         from tensorboardX import SummaryWriter  # here: half a second that `--help` need not pay
 
         # purge_step makes TensorBoard forget what a killed run logged after its checkpoint.
@@ -25,20 +27,16 @@ class TensorBoard:
         self.writer = SummaryWriter(str(self.directory), purge_step=purge, flush_secs=10)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One scalar for each metric."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, float(value), step)
 
-    def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        pass
-
     def finish(self, summary: str) -> None:
+        """Close the event file."""
         self.writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Sink):
     """A W&B run; a resumed jgrpo run continues it (its id is kept in the run directory)."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -47,8 +45,8 @@ class WeightsAndBiases:
         self.run_dir = run_dir
 
     def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
-        import wandb
-
+        """Start the W&B run, or continue it."""
+        wandb = importlib.import_module("wandb")
         id_file = self.run_dir / "wandb_id"
         if not (first_step and id_file.exists()):
             id_file.write_text(uuid.uuid4().hex)
@@ -62,13 +60,9 @@ class WeightsAndBiases:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """All metrics of the step at once."""
         self.run.log(dict(metrics), step=step)
 
-    def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        pass
-
     def finish(self, summary: str) -> None:
+        """Wait for the upload."""
         self.run.finish()
