@@ -7,6 +7,7 @@ takes the host array over without a copy. Names and shapes of all tensors are ch
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jgrpo.checkpoints.names import MATRICES, Leaf, Placement, leaf_shapes, modules_of, placements
@@ -28,6 +30,10 @@ from jgrpo.quantization import Int4Weight, quantize
 __all__ = ["eos_ids", "load_base", "load_model_config", "load_tokenizer", "resolve_checkpoint"]
 
 Params: TypeAlias = dict[str, Any]
+
+SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
+"""Of the int4 scales, whatever the compute dtype: an adapter trained on a GPU in bfloat16 finds the same quantized
+base when it is exported or used on a CPU in float32. The nibbles are chosen for the rounded scale."""
 
 _READABLE = ("F32", "F16", "BF16", "F64")
 # Buffers that old checkpoints store although they follow from the config.
@@ -45,9 +51,9 @@ def load_base(
 ) -> Params:
     """The frozen base pytree (`jgrpo.models.base_shapes`) of a local directory, a hub id or "demo".
 
-    Matrices become `Int4Weight` unless `quantization` says "none" or skips them; everything else has `dtype`, the
-    scales too. `put` moves one finished host array to the device. Raises UserError naming the file or tensor that is
-    missing, damaged, of the wrong shape, or not divisible by the group size.
+    Matrices become `Int4Weight` unless `quantization` says "none" or skips them; everything else has `dtype`.
+    `put` moves one finished host array to the device. Raises UserError naming the file or tensor that is missing,
+    damaged, of the wrong shape, or not divisible by the group size.
     """
     directory = resolve_checkpoint(path)
     index = tensor_index(directory)
@@ -123,17 +129,24 @@ def _load_leaf(
     put: Callable,
 ) -> Any:
     if group_size is None:
-        host = np.empty(shape, dtype)
+        host = _empty(shape, dtype)
         for window, block in blocks:
             host[window] = block.astype(dtype)
         return put(host)
-    # Scales have the compute dtype: in bfloat16 they cost 0.25 bits a weight at group 64, in float32 0.5.
-    packed = np.empty((*shape[:-1], shape[-1] // 2), np.uint8)
-    scales = np.empty((*shape[:-1], shape[-1] // group_size), dtype)
+    packed = _empty((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8))
+    scales = _empty((*shape[:-1], shape[-1] // group_size), SCALE_DTYPE)
     for window, block in blocks:
-        part = quantize(block, group_size, dtype)
+        part = quantize(block, group_size, SCALE_DTYPE)
         packed[window], scales[window] = part.packed, part.scales
     return Int4Weight(put(packed), put(scales))
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialized array on a 64-byte boundary, which is what lets the CPU backend take it over without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _blocks(index: dict[str, TensorInfo], placed: list[Placement]) -> Iterator[tuple[Any, np.ndarray]]:

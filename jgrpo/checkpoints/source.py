@@ -36,13 +36,10 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -63,7 +60,7 @@ def _download(repository: str, revision: str | None) -> Path:
         raise UserError(
             f"model {repository!r}: no such directory, and no such hub repository (or no access)"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except OSError as error:  # offline, HTTP errors and a full cache disk alike
         raise UserError(
             f"model {repository!r}: no such directory, and the hub could not be reached ({type(error).__name__}); "
             "go online once, or give the path of a downloaded checkpoint"
@@ -128,3 +125,8 @@ def _sharded_index(path: Path) -> dict[str, TensorInfo]:
                 f"{path / shard}: tensor {name} is not in the file although {INDEX} says so; download it again"
             )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def stored_dtype(path: Path) -> str:
+    """The narrower of "bfloat16" and "float32" that holds every weight of the checkpoint without rounding."""
+    return "bfloat16" if {info.dtype for info in tensor_index(path).values()} == {"BF16"} else "float32"
