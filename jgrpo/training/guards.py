@@ -2,12 +2,22 @@
 
 import os
 import signal
+import threading
 from collections.abc import Mapping
+from functools import partial
 from types import FrameType
+from typing import Any
 
+import jax
 import jax.monitoring
+import jax.numpy as jnp
 
+from jgrpo.algorithms.masked import masked_mean
+from jgrpo.config import TrainConfig
 from jgrpo.errors import UserError
+from jgrpo.rollout import Rollout
+from jgrpo.training.forward import rows_of, token_logprobs
+from jgrpo.training.policy import Policy
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -38,7 +48,8 @@ class StopSignals:
         return 0 if self.received is None else 128 + self.received
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,24 +78,48 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
 
-def check_same_policy(dtype: str, sampler_gap: float, reference_gap: float) -> None:
-    """Before the first update: the trainer must agree with the sampler, and the adapter (B = 0) with the base.
-
-    Args:
-        dtype: compute dtype of the model, a key of `TOLERANCES`.
-        sampler_gap: mean |log π_trainer − log π_sampler| over completion tokens.
-        reference_gap: the same against the base model with the adapter off, which is what KL = 0 means token by token.
+def check_first_rollout(policy: Policy, lora: Mapping[str, Any], rollout: Rollout, config: TrainConfig) -> None:
+    """Before the first update, on the first microbatch: π_trainer = π_sampler (ratio 1) and π = π_base (KL 0).
 
     Raises:
-        PolicyMismatch: a gap (NaN included) is above the tolerance of the dtype.
+        PolicyMismatch: a mean gap (NaN included) is above the dtype's tolerance.
+    """
+    rows = jax.tree.map(lambda array: array[: config.training.microbatch_size], rows_of(rollout))
+    training = config.training
+    gaps = _policy_gaps(
+        lora,
+        policy.base,
+        rows,
+        rollout.policy_logprobs.reshape(-1, rows.completion_mask.shape[1])[: training.microbatch_size],
+        model=policy.model,
+        temperature=config.rollout.temperature,
+        chunk=training.logprob_chunk,
+    )
+    check_same_policy(policy.dtype, *(float(gap) for gap in gaps))
+
+
+@partial(jax.jit, static_argnames=("model", "temperature", "chunk"))
+def _policy_gaps(lora, base, rows, sampler_logprobs, *, model, temperature, chunk):
+    """Mean |Δ log-prob| over completion tokens, of the trainer to the sampler and to the base."""
+    forward = partial(token_logprobs, model, base, temperature=temperature, chunk=chunk, remat=False)
+    logprobs = forward(lora, rows)[0]
+    others = (sampler_logprobs, forward({}, rows)[0])
+    return tuple(masked_mean(jnp.abs(logprobs - other), rows.completion_mask) for other in others)
+
+
+def check_same_policy(dtype: str, sampler_gap: float, reference_gap: float) -> None:
+    """Compare the two gaps of the first rollout with the tolerance of the compute dtype.
+
+    Raises:
+        PolicyMismatch: a gap (NaN included) is above it.
     """
     tolerance = TOLERANCES[dtype]
-    gaps = {"the sampler's log-probabilities": sampler_gap, "the base model (KL at step 0)": reference_gap}
+    gaps = {"the sampler's (ratio at step 0)": sampler_gap, "the base model's (KL at step 0)": reference_gap}
     for other, gap in gaps.items():
         if not gap <= tolerance:
             raise PolicyMismatch(
                 f"step 0: the policy's log-probabilities differ from {other} by {gap:.3g} on average, expected at most "
-                f"{tolerance:g} in {dtype}: rollout and training would optimise different policies; please report it"
+                f"{tolerance:g} in {dtype}: rollout and training would optimise different policies"
             )
 
 

@@ -31,7 +31,7 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
         config: hyperparameters.
         updates: optimizer steps of the whole run, the end of the decay.
     """
-    adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "weight_decay"))
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "eps", "eps_root", "weight_decay"))
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         adamw(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -32,10 +31,12 @@ class TrainState(struct.PyTreeNode):
     nonfinite: Int[Array, ""]
 
     @classmethod
-    def create(cls, lora: Mapping[str, Any], optimizer: optax.GradientTransformation, seed: int) -> "TrainState":
-        """State before the first step."""
-        zero = jnp.zeros((), jnp.int32)
-        return cls(zero, lora, optimizer.init(lora), jax.random.key(seed), jnp.zeros(2, jnp.int32), jnp.copy(zero))
+    def create(
+        cls, lora: Mapping[str, Any], optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    ) -> "TrainState":
+        """State before the first step. No two leaves share a buffer, which donation would refuse."""
+        step, nonfinite = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return cls(step, lora, optimizer.init(lora), key, jnp.zeros(2, jnp.int32), nonfinite)
 
 
 class Batch(struct.PyTreeNode):

@@ -113,7 +113,7 @@ def grpo_step(
         **policy_metrics(records["terms"], records["mask"]),
         **completion_metrics(batch.rollout.completion_lengths, batch.rollout.finish == FINISH_STOP),
     }
-    if (rate := optax.tree_utils.tree_get(opt_state, "learning_rate")) is not None:
+    if (rate := _learning_rate(opt_state)) is not None:
         metrics["learning_rate"] = rate
     return state.replace(step=state.step + 1, lora=lora, opt_state=opt_state, nonfinite=nonfinite), metrics
 
@@ -233,6 +233,12 @@ def _microbatch_loss(
         sampler_logprobs=part.sampler_logprobs,
         entropy=entropy,
     )
+
+
+def _learning_rate(opt_state: optax.OptState) -> Float[Array, ""] | None:
+    """The rate of the last update, if the optimizer keeps it in its state (`make_optimizer`'s does)."""
+    is_rate = lambda path, value: isinstance(value, jax.Array)  # noqa: E731 - the schedule's own state has the name too
+    return optax.tree_utils.tree_get(opt_state, "learning_rate", filtering=is_rate)
 
 
 def _dropout_key(state: TrainState) -> Array:

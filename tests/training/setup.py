@@ -94,7 +94,7 @@ def batch(key: int = 3) -> Batch:
 
 def state(lora: Any, config: TrainConfig) -> tuple[TrainState, Any]:
     optimizer = make_optimizer(config.optimizer, updates=100)
-    return TrainState.create(jax.tree.map(jnp.copy, lora), optimizer, seed=0), optimizer
+    return TrainState.create(jax.tree.map(jnp.copy, lora), optimizer, jax.random.key(0)), optimizer
 
 
 def assert_trees_equal(one: Any, other: Any) -> None:

@@ -1,0 +1,166 @@
+"""Held-out performance of an adapter: reward and accuracy over completions of prompts that are not trained on.
+
+A completion is correct if the first reward function gives it at least 1; put the function that decides correctness
+first. Accuracy is the fraction of correct completions. pass@k is the unbiased estimator of Chen et al. 2021
+(arXiv:2107.03374). Intervals are 95 % normal approximations over prompts, with a prompt's own mean as one
+observation: several samples of one prompt do not count as independent.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import comb, sqrt
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+from jgrpo.config import RewardConfig, RolloutConfig
+from jgrpo.data import Example
+from jgrpo.rewards import NamedReward
+from jgrpo.rollout import FINISH_STOP
+from jgrpo.training.experience import judge
+from jgrpo.training.policy import Policy
+
+CORRECT = 1.0 - 1e-6
+"""A reward from here on counts as correct."""
+
+
+class Interval(NamedTuple):
+    """A mean over prompts and half the width of its 95 % confidence interval."""
+
+    mean: float
+    half_width: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half_width:.3f}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards and lengths of G completions of each of N prompts."""
+
+    rewards_per_function: Float[np.ndarray, "K N G"]
+    """NaN: the function gave none."""
+    weights: Float[np.ndarray, " K"]
+    lengths: Int[np.ndarray, "N G"]
+    terminated: Bool[np.ndarray, "N G"]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def rewards(self) -> Float[np.ndarray, "N G"]:
+        """The weighted sum over the functions that gave a reward; NaN where none did."""
+        given = ~np.isnan(self.rewards_per_function)
+        total = np.einsum("k,kng->ng", self.weights, np.where(given, self.rewards_per_function, 0.0))
+        return np.where(given.any(axis=0), total, np.nan)
+
+    @property
+    def correct(self) -> Bool[np.ndarray, "N G"]:
+        """Completions to which the first reward function gives at least 1."""
+        return np.nan_to_num(self.rewards_per_function[0], nan=0.0) >= CORRECT
+
+    def reward(self) -> Interval:
+        """Mean reward."""
+        given = ~np.isnan(self.rewards)
+        counts = given.sum(axis=1)
+        means = np.where(given, self.rewards, 0.0).sum(axis=1)[counts > 0] / counts[counts > 0]
+        return interval(means)
+
+    def accuracy(self) -> Interval:
+        """Fraction of correct completions."""
+        return interval(self.correct.mean(axis=1))
+
+    def pass_at(self, k: int) -> Interval:
+        """Probability that at least one of k completions of a prompt is correct; k at most G."""
+        return interval(np.array([pass_at_k(self.correct.shape[1], int(c), k) for c in self.correct.sum(axis=1)]))
+
+
+def interval(values: Float[np.ndarray, " N"]) -> Interval:
+    """Mean and 1.96 standard errors; NaN without values, width 0 with one."""
+    if len(values) == 0:
+        return Interval(float("nan"), float("nan"))
+    error = values.std(ddof=1) / sqrt(len(values)) if len(values) > 1 else 0.0
+    return Interval(float(values.mean()), float(1.96 * error))
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """1 − C(n − c, k) / C(n, k) for n samples of which c are correct."""
+    if not 0 < k <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples: expected 0 < k <= samples")
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+def evaluate_policy(
+    policy: Policy,
+    lora: Mapping[str, Any],
+    examples: Sequence[Example],
+    rewards: Sequence[NamedReward],
+    key: PRNGKeyArray,
+    *,
+    sampling: RolloutConfig,
+    reward_config: RewardConfig,
+    max_prompt_length: int,
+    batch_size: int,
+) -> Scores:
+    """Sample `sampling.num_generations` completions of every example and score them.
+
+    Args:
+        lora: adapter; `{}` evaluates the base model.
+        key: batch b draws from `fold_in(key, b)`.
+        batch_size: prompts in one rollout; the batches are evened out, so that one shape is compiled.
+    """
+    batches = -(-len(examples) // batch_size)
+    size = -(-len(examples) // batches)
+    parts = []
+    for number in range(batches):
+        chosen = examples[number * size : (number + 1) * size]
+        # The last batch is filled up to the one compiled shape; what fills it is left out of the scores.
+        filled = [*chosen, *[chosen[-1]] * (size - len(chosen))]
+        rollout = policy.sample(lora, filled, jax.random.fold_in(key, number), sampling, max_prompt_length)
+        rollout = jax.tree.map(partial(_first_rows, len(chosen)), rollout)
+        parts.append(judge(policy, rollout, chosen, rewards, reward_config))
+    return Scores(
+        np.concatenate([part.rewards_per_function for part in parts], axis=1),
+        np.asarray([reward.weight for reward in rewards], np.float32),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.finish for part in parts]) == FINISH_STOP,
+        tuple(problem for part in parts for problem in part.result.problems),
+    )
+
+
+def _first_rows(count: int, array: jax.Array) -> np.ndarray:
+    return np.asarray(array)[:count]
+
+
+def evaluation_metrics(scores: Scores, names: Sequence[str]) -> dict[str, float]:
+    """`eval_reward`, `eval_accuracy` (each with `_ci95`, half the interval), every function's mean, and lengths."""
+    reward, accuracy = scores.reward(), scores.accuracy()
+    metrics = {
+        "eval_reward": reward.mean,
+        "eval_reward_ci95": reward.half_width,
+        "eval_accuracy": accuracy.mean,
+        "eval_accuracy_ci95": accuracy.half_width,
+        "eval_completions/mean_length": float(scores.lengths.mean()),
+        "eval_completions/clipped_ratio": float(1 - scores.terminated.mean()),
+    }
+    for name, values in zip(names, scores.rewards_per_function, strict=True):
+        given = values[~np.isnan(values)]
+        metrics[f"eval_rewards/{name}/mean"] = float(given.mean()) if len(given) else float("nan")
+    return metrics
+
+
+def held_out_sampling(sampling: RolloutConfig, temperature: float, num_generations: int = 1) -> RolloutConfig:
+    """The training rollout's settings, for evaluation."""
+    return dataclasses.replace(sampling, temperature=temperature, num_generations=num_generations)
+
+
+def evaluation_batch(prompts: int, sampling: RolloutConfig, max_prompt_length: int, num_generations: int = 1) -> int:
+    """Prompts in one evaluation rollout whose KV cache is no larger than that of a training rollout of `prompts`.
+
+    A training rollout caches Q · (P + G · C) positions; an evaluation with G' samples a prompt Q' · (P + G' · C).
+    """
+    completion = sampling.max_completion_length
+    positions = prompts * (max_prompt_length + sampling.num_generations * completion)
+    return max(1, positions // (max_prompt_length + num_generations * completion))

@@ -1,0 +1,82 @@
+"""A model with what turns its tokens into text and back: loaded once, used by the loop and by evaluation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from jgrpo.checkpoints.hf import eos_ids, load_base, load_model_config, load_tokenizer, resolve_checkpoint
+from jgrpo.config import LoraConfig, ModelSettings, QuantizationConfig, RolloutConfig
+from jgrpo.data import Example, pad_prompts
+from jgrpo.models import Transformer
+from jgrpo.rollout import Prompts, Rollout, generate
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Frozen base, model and tokenizer; the adapter is always given separately."""
+
+    model: Transformer
+    base: Mapping[str, Any]
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """Name of the compute dtype."""
+        return jnp.dtype(self.model.dtype).name
+
+    def describe(self) -> list[str]:
+        """What the user is told before the run."""
+        config = self.model.config
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.base))
+        shape = f"{config.num_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}"
+        return [
+            f"model: {config.family}, {shape}, {weights / 1e6:,.1f} MB of frozen weights, computing in {self.dtype}"
+        ]
+
+    def sample(
+        self,
+        lora: Mapping[str, Any],
+        examples: Sequence[Example],
+        key: PRNGKeyArray,
+        config: RolloutConfig,
+        max_prompt_length: int,
+    ) -> Rollout:
+        """Completions of every example; compiled once for each number of examples."""
+        tokens, lengths = pad_prompts(examples, max_prompt_length, self.tokenizer.pad_token_id)
+        prompts = Prompts(tokens=tokens, lengths=lengths)  # type: ignore[arg-type]
+        return generate(
+            self.model,
+            self.base,
+            lora,
+            prompts,
+            key,
+            config,
+            eos_ids=self.eos_ids,
+            pad_id=self.tokenizer.pad_token_id,
+        )
+
+
+def load_policy(settings: ModelSettings, quantization: QuantizationConfig, lora: LoraConfig) -> Policy:
+    """Load a checkpoint, quantizing while it streams in.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or of an unsupported kind.
+    """
+    path = resolve_checkpoint(settings.model, settings.revision)
+    model_config = load_model_config(path)
+    dtype = compute_dtype(settings)
+    tokenizer = load_tokenizer(path)
+    base = load_base(path, model_config, quantization, dtype)
+    return Policy(Transformer(model_config, lora, dtype), base, tokenizer, eos_ids(path, tokenizer))
+
+
+def compute_dtype(settings: ModelSettings) -> Any:
+    """`settings.dtype`; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    if settings.dtype != "auto":
+        return jnp.dtype(settings.dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")

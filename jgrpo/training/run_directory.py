@@ -1,0 +1,54 @@
+"""Claiming the directory of a run: a new one must be unused, a resumed one must hold the same settings."""
+
+import dataclasses
+from pathlib import Path
+
+from jgrpo.cli import load_config, save_config
+from jgrpo.config import TrainConfig
+from jgrpo.errors import UserError
+from jgrpo.validation import check_resume, with_output_dir
+
+CONFIG, CHECKPOINTS, ADAPTER = "config.yaml", "checkpoints", "adapter"
+
+
+def claim_directory(config: TrainConfig) -> TrainConfig:
+    """The configuration with its output directory, which now exists and holds `config.yaml`.
+
+    Raises:
+        UserError: the directory cannot be written, is in use, or (resuming) is not a run's or has other settings.
+    """
+    return _resumed(config) if config.run.resume else _started(config)
+
+
+def _started(config: TrainConfig) -> TrainConfig:
+    config = with_output_dir(config)
+    directory = Path(config.run.output_dir)
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(
+            f"output_dir {directory} is not empty: give another one, or --resume to continue the run that is in it"
+        )
+    _write_config(config, directory)
+    return config
+
+
+def _resumed(config: TrainConfig) -> TrainConfig:
+    directory = Path(config.run.output_dir)
+    if "{time}" in config.run.output_dir:
+        raise UserError("--resume needs --output-dir: the directory of the run to continue")
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"--resume: {directory} holds no {CONFIG}, so there is no run to continue in it")
+    check_resume(load_config(directory / CONFIG), config)
+    _write_config(config, directory)
+    return config
+
+
+def _write_config(config: TrainConfig, directory: Path) -> None:
+    # `resume` is a way of starting, not a property of the run.
+    saved = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / f".{CONFIG}"
+        save_config(saved, temporary)
+        temporary.replace(directory / CONFIG)
+    except OSError as error:
+        raise UserError(f"output_dir {directory} cannot be written ({error.strerror}): give another one") from error
