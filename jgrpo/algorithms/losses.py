@@ -122,7 +122,8 @@ def gmpo_loss(
     clamped = jnp.clip(log_ratio, -epsilon_low, epsilon_high)
     # c_t = min(log r, clamp(log r, −ε, ε_high)) where A > 0, else max;  −A exp(mean_t c_t)
     c = jnp.where(advantages > 0, jnp.minimum(log_ratio, clamped), jnp.maximum(log_ratio, clamped))
-    return -advantages * jnp.exp(masked_mean(c, mask, axis=-1, keepdims=True))
+    row_loss = -advantages * jnp.exp(masked_mean(c, mask, axis=-1, keepdims=True))
+    return jnp.broadcast_to(row_loss, log_ratio.shape)
 
 
 def clip_indicators(
