@@ -113,7 +113,9 @@ def fake_quantize(base: dict[str, Any]) -> dict[str, Any]:
     return {**base, "layers": layers}
 
 
-def loss(base: dict[str, Any], tokens: jax.Array, lengths: jax.Array, mask: jax.Array, *, model: Transformer, qat: bool):
+def loss(
+    base: dict[str, Any], tokens: jax.Array, lengths: jax.Array, mask: jax.Array, *, model: Transformer, qat: bool
+):
     """Mean cross-entropy of the completion tokens."""
     base = fake_quantize(base) if qat else base
     hidden = model.apply({"params": base}, tokens, lengths)

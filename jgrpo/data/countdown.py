@@ -18,7 +18,7 @@ import numpy as np
 
 Split = Literal["train", "test"]
 
-LARGEST_NUMBER = 12
+LARGEST_NUMBER = 10
 LARGEST_VALUE = 99
 TARGETS = range(5, 61)
 HELD_OUT_FRACTION = 0.2

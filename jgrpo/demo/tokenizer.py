@@ -31,7 +31,9 @@ def _pieces() -> list[str]:
     numbers = [str(n) for n in range(LARGEST_VALUE + 1)]
     spaced = [f" {n}" for n in numbers]
     words = [" no\n", " yes\n", " +", " -", " *", " /", " ="]
-    return numbers + spaced + [f"({n}" for n in numbers] + [f" ({n}" for n in numbers] + [f"{n})" for n in spaced] + words
+    return (
+        numbers + spaced + [f"({n}" for n in numbers] + [f" ({n}" for n in numbers] + [f"{n})" for n in spaced] + words
+    )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

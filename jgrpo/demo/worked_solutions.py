@@ -36,9 +36,7 @@ def _next_try(untried: list[Expression], target: int, writer: Writer, rng: np.ra
     return pool[rng.integers(len(pool))]
 
 
-def draw_tries(
-    numbers: tuple[int, ...], target: int, writer: Writer, rng: np.random.Generator
-) -> list[Expression]:
+def draw_tries(numbers: tuple[int, ...], target: int, writer: Writer, rng: np.random.Generator) -> list[Expression]:
     """The tries of one solution, the last of which is the answer; no value is tried twice."""
     untried = expressions(numbers)
     give_up = 0.0 if rng.random() < writer.patient else writer.give_up
