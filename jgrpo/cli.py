@@ -10,6 +10,7 @@ stays smaller. (tyro, the best candidate, reports errors as boxes and has no pub
 """
 
 import argparse
+import errno
 import io
 import shutil
 import sys
@@ -109,7 +110,7 @@ def _run_config(cls: type, flags: Layer) -> list[Path]:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's `main` and exit: 0 or its return value, 2 after a UserError, 130 after Ctrl-C.
+    """Run a command's `main` and exit: 0 or its return value, 2 after a UserError or on a full disk, 130 after Ctrl-C.
 
     Other exceptions keep their traceback: they are bugs, not input.
     """
@@ -120,6 +121,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"error: {error.strerror}{where}. Free some space; --resume continues a run from its last checkpoint.",
+            file=sys.stderr,
+        )
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

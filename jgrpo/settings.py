@@ -196,8 +196,11 @@ for _class in (_Loader, _Dumper):
 
 
 def scalar(text: str) -> Any:
-    """One YAML scalar, by the rules of the configuration files: '1e-4' -> 0.0001."""
-    return yaml.load(text, _Loader)
+    """One YAML value, by the rules of the configuration files: '1e-4' -> 0.0001; the text itself if it is not YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
 
 
 def _line(mark: Any) -> str:

@@ -1,4 +1,7 @@
-"""What no single type can check: ranges, settings that must divide each other, and what a resumed run may change."""
+"""What no single type can check: ranges, settings that must divide each other, and what a resumed run may change.
+
+The rules of the objective (clip bounds, estimators, corrections) stand with it: `algorithms.registry.check_objective`.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +18,10 @@ from jgrpo.settings import flag, flatten, nearest
 
 def validate(config: TrainConfig) -> None:
     """Raise UserError for the first setting that cannot work, with the value and what to set instead."""
+    from jgrpo.algorithms.registry import check_objective  # here: it imports jax, which --help need not wait for
+
     check_ranges(flatten(config))
+    check_objective(config.algorithm)
     check_batch(config)
     check_modules(config)
     check_rewards(config)
@@ -45,20 +51,19 @@ RANGES = (
     Range(
         "above 0",
         lambda v: v > 0,
-        "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout epsilon epsilon_high "
+        "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout "
         "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_chunk max_nonfinite_steps "
         "max_grad_norm keep_last eval_prompts",
     ),
     Range(
         "0 or above",
         lambda v: v >= 0,
-        "beta top_k learning_rate warmup_steps weight_decay seed save_every eval_every eval_temperature "
+        "top_k learning_rate warmup_steps weight_decay seed save_every eval_every eval_temperature "
         "log_completions_every",
     ),
     Range("at least 0 and below 1", lambda v: 0 <= v < 1, "lora_dropout min_p adam_b1 adam_b2"),
     Range("above 0 and at most 1", lambda v: 0 < v <= 1, "top_p"),
     Range("at least 2: a group's advantages compare its completions", lambda v: v >= 2, "num_generations"),
-    Range("below 1: the ratio's lower bound is 1 - epsilon", lambda v: v < 1, "epsilon"),
     Range("below 2**32", lambda v: v < 2**32, "seed"),
 )
 

@@ -83,4 +83,4 @@ class Reporter:
 
 def is_due(step: int, every: int, last_step: int, first_step: int = 1) -> bool:
     """Whether something done every N steps is done now: at the first step, each N-th and the last; never if N = 0."""
-    return every > 0 and (step in (first_step, last_step) or step % every == 0)
+    return every > 0 and step >= first_step and (step in (first_step, last_step) or step % every == 0)

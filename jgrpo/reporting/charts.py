@@ -68,7 +68,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** floor(log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
     first, last = floor(low / step + 1e-9), -floor(-high / step + 1e-9)
-    return [round(k * step, 12) for k in range(int(first), int(last) + 1)]
+    return [float(f"{k * step:.12g}") for k in range(int(first), int(last) + 1)]
 
 
 def bounds(lines: Sequence[Line]) -> tuple[float, float] | None:

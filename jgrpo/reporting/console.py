@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -107,11 +107,12 @@ class Console(Sink):
         self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[times]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self.console,
             expand=True,
         )
-        self.task = self.progress.add_task("", total=self.total, completed=first_step, times="compiling …")
+        self.task = self.progress.add_task("", total=self.total, completed=first_step, left="compiling ...")
         self._live = Live(Group(self.progress), console=self.console, refresh_per_second=4)
         self._live.start()
         atexit.register(self._live.stop)  # a crash must give the cursor back
@@ -119,17 +120,19 @@ class Console(Sink):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move the bar, or print the step's line; an evaluation always gets a line of its own."""
         self.clock.tick(counted=step > 0)
-        left = self.clock.left(self.total - step)
-        times = f"{duration(self.clock.elapsed())} elapsed, {duration(left or 0)} left"
+        seconds = self.clock.left(self.total - step)
+        left = f"{duration(seconds)} left" if seconds is not None else ""
         if evaluation := held_out(metrics):
             self._evaluations.append((step, evaluation))
             self._print(f"step {step}/{self.total}  held-out: {evaluation}", style="bold green")
         if step == 0:
             return
         if self._live is None:
-            self._print(f"step {step}/{self.total}  {step_summary(metrics)}  {times}")
+            self._print(
+                f"step {step}/{self.total}  {step_summary(metrics)}  {duration(self.clock.elapsed())} elapsed  {left}"
+            )
         else:
-            self.progress.update(self.task, completed=step, times=times)
+            self.progress.update(self.task, completed=step, left=left)
             self._live.update(Group(self.progress, Text(step_summary(metrics), overflow="ellipsis", no_wrap=True)))
 
     def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
@@ -163,9 +166,9 @@ def _title(config: TrainConfig) -> str:
 def completions_table(step: int, rows: Sequence[CompletionRow]) -> Table:
     """Prompt, completion, rewards and advantage of some rows."""
     table = Table(title=Text(f"completions of step {step}"), show_lines=True, expand=True, title_justify="left")
-    table.add_column("prompt", ratio=3)
-    table.add_column("completion", ratio=5)
-    table.add_column("rewards", ratio=2, min_width=14)
+    table.add_column("prompt", ratio=3, overflow="fold")
+    table.add_column("completion", ratio=5, overflow="fold")
+    table.add_column("rewards", ratio=2, min_width=18, overflow="fold")
     table.add_column("advantage", justify="right", min_width=9)
     for row in rows:
         rewards = "\n".join(f"{number(value)} {name}" for name, value in row.rewards.items())

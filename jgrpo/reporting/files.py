@@ -43,8 +43,11 @@ def logged_steps(run_dir: Path) -> list[int]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one step: a reader, or a process killed half-way, sees the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def json_line(values: Mapping[str, Any]) -> str:

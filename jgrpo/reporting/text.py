@@ -13,7 +13,7 @@ def printable(text: str, max_lines: int = 8, max_chars: int = 600) -> str:
     shown = "\n".join(lines[:max_lines])
     shown = "".join(c if c.isprintable() or c == "\n" else _escape(c) for c in shown)
     left_off = len(text) - len("\n".join(lines[:max_lines]))
-    return f"{shown} … (+{left_off} characters)" if left_off > 0 else shown
+    return f"{shown} ... (+{left_off} characters)" if left_off > 0 else shown
 
 
 def _escape(character: str) -> str:
