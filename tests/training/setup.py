@@ -51,10 +51,10 @@ token_logprobs = partial(jax.jit, static_argnames=("model", "temperature", "rema
 
 
 @cache
-def tiny_base() -> dict[str, Any]:
+def tiny_base(scale: float = 8.0) -> dict[str, Any]:
+    """Random weights of deviation 0.02 · scale; at scale 1 the model is nearly uniform and mistakes hardly show."""
     base = init_base(jax.random.key(0), MODEL_CONFIG)
-    # Weights of deviation 0.02 give a nearly uniform model, on which mistakes do not show.
-    base = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, base)
+    base = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, base)
     layers = {name: quantize(leaf, 32) if leaf.ndim == 3 else leaf for name, leaf in base["layers"].items()}
     return {**base, "layers": layers}
 
@@ -92,8 +92,12 @@ def batch(key: int = 3) -> Batch:
     return Batch(rollout=drawn, rewards=rewards, advantages=rewards - rewards.mean(axis=1, keepdims=True))
 
 
+# One optimizer object for equal settings: it is a static argument, compared by identity.
+cached_optimizer = cache(partial(make_optimizer, updates=100))
+
+
 def state(lora: Any, config: TrainConfig) -> tuple[TrainState, Any]:
-    optimizer = make_optimizer(config.optimizer, updates=100)
+    optimizer = cached_optimizer(config.optimizer)
     return TrainState.create(jax.tree.map(jnp.copy, lora), optimizer, jax.random.key(0)), optimizer
 
 
