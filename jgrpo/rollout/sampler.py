@@ -5,8 +5,11 @@ place. The outer loop runs over chunks of up to 32 tokens and leaves as soon as 
 known trip count, so that on a GPU the host waits once a chunk and not once a token. All rows advance in
 lockstep, and a row that is done draws pad tokens outside its mask.
 
-A row's random numbers come from fold_in(key, question), fold_in(·, completion), fold_in(·, token): they do not depend on
-the batch around the row, on the chunking or on the length limit.
+A step draws a token from the hidden states and then decodes it, so the token after the prompt is no special case; the
+price is one decode whose hidden states nobody reads.
+
+Every row has its own key, and its random number for token t is the same whatever the length limit, the chunking and
+the number of questions.
 """
 
 import functools
@@ -17,7 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
+from jaxtyping import Bool, Float, Float32, Int32, PRNGKeyArray
 
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import fuse
@@ -54,21 +57,28 @@ class Recorded(NamedTuple):
     live: Bool[Array, "... Q G"]
     """Whether the token belongs to the completion."""
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], pad_id: int) -> "Recorded":
+        """Buffers that hold no completion yet."""
+        zeros = jnp.zeros(shape, jnp.float32)
+        return cls(jnp.full(shape, pad_id, jnp.int32), zeros, zeros, jnp.zeros(shape, bool))
+
 
 @flax.struct.dataclass
 class DecodeState:
     """What the loop carries from token to token."""
 
     cache: KVCache
-    """Keys and values of everything but the token drawn last."""
-    token: Int32[Array, "Q G"]
-    """The token drawn last."""
+    """Keys and values of every token so far."""
+    hidden: Float[Array, "Q G D"]
+    """Final hidden state of each row's last token: what the next token is drawn from."""
     done: Bool[Array, "Q G"]
     """Rows that have drawn a stop token."""
-    drawn: Int32[Array, ""]
-    """Tokens drawn so far, the same for every row."""
-    row_keys: PRNGKeyArray
-    """One key for each row, [Q, G]."""
+
+    @property
+    def drawn(self) -> Int32[Array, ""]:
+        """Tokens drawn so far, the same for every row."""
+        return self.cache.length
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "eos_ids", "pad_id"))
@@ -88,23 +98,23 @@ def generate(
     Compiled once for each shape of `prompts`. The same key gives the same tokens; `lora = {}` samples from the base model.
     """
     setup = Setup.create(model, config, eos_ids, pad_id)
-    limit = config.max_completion_length
-    size, count = chunking(limit, MAX_CHUNK)
-    state, first = prefill(setup, base, lora, prompts, key, size * count)
+    size, count = chunking(config.max_completion_length)
+    state = prefill(setup, base, lora, prompts, size * count)
+    uniforms = row_uniforms(key, state.done.shape, size * count)
     adapter = fuse(lora, model.config, model.lora.scale, model.dtype)
-    buffers = jax.tree.map(lambda x: jnp.zeros((size * count + 1, *x.shape), x.dtype).at[0].set(x), first)
-    buffers = buffers._replace(token=buffers.token.at[1:].set(pad_id))
 
     def unfinished(carry: tuple[DecodeState, Recorded]) -> Bool[Array, ""]:
-        return (carry[0].drawn < limit) & ~jnp.all(carry[0].done)
+        return (carry[0].drawn < size * count) & ~jnp.all(carry[0].done)
 
     def advance(carry: tuple[DecodeState, Recorded]) -> tuple[DecodeState, Recorded]:
-        state, recorded = decode_chunk(setup, base, adapter, carry[0], size)
-        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=carry[0].drawn, axis=0)
+        start = carry[0].drawn
+        chunk = lax.dynamic_slice_in_dim(uniforms, start, size)
+        state, recorded = decode_chunk(setup, base, adapter, carry[0], chunk)
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return state, jax.tree.map(write, carry[1], recorded)
 
-    state, buffers = lax.while_loop(unfinished, advance, (state, buffers))
-    return _rollout(prompts, jax.tree.map(lambda x: jnp.moveaxis(x[:limit], 0, -1), buffers), state.done)
+    state, buffers = lax.while_loop(unfinished, advance, (state, Recorded.empty(uniforms.shape, pad_id)))
+    return _rollout(prompts, state.done, buffers, config.max_completion_length)
 
 
 def stream(
@@ -123,72 +133,71 @@ def stream(
     setup = Setup.create(model, config, eos_ids, pad_id)
     limit = config.max_completion_length
     size, count = chunking(limit, chunk)
-    state, first = _jit_prefill(setup, base, lora, prompts, key, size * count)
-    yield jax.tree.map(lambda x: x[None], first)
-    for _ in range(count):
+    state = _jit_prefill(setup, base, lora, prompts, size * count)
+    uniforms = row_uniforms(key, state.done.shape, size * count)
+    for start in range(0, size * count, size):
+        state, recorded = _jit_chunk(setup, base, lora, state, uniforms[start : start + size])
+        yield jax.tree.map(lambda x, rest=limit - start: x[:rest], recorded)
         if bool(jnp.all(state.done)):
             return
-        state, recorded = _jit_chunk(setup, base, lora, state, size)
-        yield recorded
 
 
-def chunking(max_completion_length: int, max_chunk: int) -> tuple[int, int]:
-    """(size, count) of equal chunks that hold the C - 1 decode steps after the prefill's token.
+def chunking(max_completion_length: int, max_chunk: int = MAX_CHUNK) -> tuple[int, int]:
+    """(size, count) of equal chunks for that many tokens.
 
-    The last chunk may overshoot by fewer than `count` steps, which is cheaper than compiling a second, shorter one.
+    The last one may overshoot by fewer than `count` tokens, which is cheaper than compiling a second, shorter chunk.
     """
-    steps = max_completion_length - 1
-    count = -(-steps // max_chunk)
-    return (-(-steps // count), count) if count else (1, 0)
+    count = -(-max_completion_length // max_chunk)
+    return -(-max_completion_length // count), count
 
 
-def prefill(
-    setup: Setup, base: Params, lora: Params, prompts: Prompts, key: PRNGKeyArray, slots: int
-) -> tuple[DecodeState, Recorded]:
-    """Run the prompts once, leave room for `slots` more tokens, and draw the first token of every completion."""
-    model, group = setup.model, setup.config.num_generations
-    questions = prompts.tokens.shape[0]
+def row_uniforms(key: PRNGKeyArray, rows: tuple[int, int], tokens: int) -> Float32[Array, "tokens Q G"]:
+    """One number in [0, 1) for each token of each row, every row with its own key."""
+    keys = jax.random.split(key, rows)
+    per_row = jax.vmap(jax.vmap(lambda row: jax.random.uniform(row, (tokens,))))(keys)
+    return jnp.moveaxis(per_row, -1, 0)
+
+
+def prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, slots: int) -> DecodeState:
+    """Run every prompt once, for its whole group, and leave room for `slots` more tokens of each row."""
+    group = setup.config.num_generations
     variables = {"params": base, "lora": lora}
-    hidden, prompt_kv = model.apply(variables, prompts.tokens, prompts.lengths, method="prefill")
-    logits = model.apply(variables, hidden, method="logits")
-    state = DecodeState(
-        cache=KVCache.create(prompt_kv, prompts.lengths, group, max(slots, 1)),
-        token=jnp.zeros((questions, group), jnp.int32),
-        done=jnp.zeros((questions, group), bool),
-        drawn=jnp.zeros((), jnp.int32),
-        row_keys=_row_keys(key, questions, group),
+    hidden, prompt_kv = setup.model.apply(variables, prompts.tokens, prompts.lengths, method="prefill")
+    return DecodeState(
+        cache=KVCache.create(prompt_kv, prompts.lengths, group, slots),
+        hidden=jnp.repeat(hidden[:, None], group, axis=1),
+        done=jnp.zeros((hidden.shape[0], group), bool),
     )
-    group_logits = jnp.broadcast_to(logits[:, None], (questions, group, logits.shape[-1]))
-    return _record(setup, state, _draw(setup, group_logits, _uniforms(state, 1)[0]))
 
 
 def decode_chunk(
-    setup: Setup, base: Params, adapter: Params, state: DecodeState, size: int
+    setup: Setup, base: Params, adapter: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
 ) -> tuple[DecodeState, Recorded]:
-    """`size` more tokens of every row; fields of the second result are `[size, Q, G]`."""
+    """`size` more tokens of every row; `adapter` is `jgrpo.lora.fuse`'s, made once outside the loop."""
     variables = {"params": base, "lora": adapter}
 
     def step(state: DecodeState, uniform: Float32[Array, "Q G"]) -> tuple[DecodeState, Recorded]:
-        hidden, cache = setup.model.apply(variables, state.token, state.cache, method="decode")
-        logits = setup.model.apply(variables, hidden, method="logits")
-        return _record(setup, state.replace(cache=cache), _draw(setup, logits, uniform))
+        logits = setup.model.apply(variables, state.hidden, method="logits")
+        recorded, done = _record(setup, state, _draw(setup.config, logits, uniform))
+        hidden, cache = setup.model.apply(variables, recorded.token, state.cache, method="decode")
+        return DecodeState(cache, hidden, done), recorded
 
-    return lax.scan(step, state, _uniforms(state, size))
-
-
-@functools.partial(jax.jit, static_argnames=("setup", "slots"))
-def _jit_prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, key: PRNGKeyArray, slots: int) -> Any:
-    return prefill(setup, base, lora, prompts, key, slots)
+    return lax.scan(step, state, uniforms)
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "size"), donate_argnames=("state",))
-def _jit_chunk(setup: Setup, base: Params, lora: Params, state: DecodeState, size: int) -> Any:
-    adapter = fuse(lora, setup.model.config, setup.model.lora.scale, setup.model.dtype)
-    return decode_chunk(setup, base, adapter, state, size)
+_jit_prefill = jax.jit(prefill, static_argnames=("setup", "slots"))
 
 
-def _draw(setup: Setup, logits: Float32[Array, "Q G V"], uniform: Float32[Array, "Q G"]) -> Draw:
-    config = setup.config
+@functools.partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+def _jit_chunk(
+    setup: Setup, base: Params, lora: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
+) -> tuple[DecodeState, Recorded]:
+    return decode_chunk(
+        setup, base, fuse(lora, setup.model.config, setup.model.lora.scale, setup.model.dtype), state, uniforms
+    )
+
+
+def _draw(config: RolloutConfig, logits: Float32[Array, "Q G V"], uniform: Float32[Array, "Q G"]) -> Draw:
     return draw(
         logits,
         uniform,
@@ -199,31 +208,21 @@ def _draw(setup: Setup, logits: Float32[Array, "Q G V"], uniform: Float32[Array,
     )
 
 
-def _record(setup: Setup, state: DecodeState, drawn: Draw) -> tuple[DecodeState, Recorded]:
-    """Mask what rows past their end drew, and note the rows that end here."""
+def _record(setup: Setup, state: DecodeState, drawn: Draw) -> tuple[Recorded, Bool[Array, "Q G"]]:
+    """Mask what rows past their end drew; with that, the rows that are done after this token."""
     live = ~state.done & (state.drawn < setup.config.max_completion_length)
-    token = jnp.where(live, drawn.token, setup.pad_id)
     stops = live & jnp.isin(drawn.token, jnp.asarray(setup.stop_ids, jnp.int32))
-    recorded = Recorded(token, jnp.where(live, drawn.logprob, 0.0), jnp.where(live, drawn.log_kept, 0.0), live)
-    return state.replace(token=token, done=state.done | stops, drawn=state.drawn + 1), recorded
+    recorded = Recorded(
+        token=jnp.where(live, drawn.token, setup.pad_id),
+        logprob=jnp.where(live, drawn.logprob, 0.0),
+        log_kept=jnp.where(live, drawn.log_kept, 0.0),
+        live=live,
+    )
+    return recorded, state.done | stops
 
 
-def _row_keys(key: PRNGKeyArray, questions: int, group: int) -> PRNGKeyArray:
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return jax.vmap(fold, in_axes=(0, None))(fold(key, jnp.arange(questions)), jnp.arange(group))
-
-
-def _uniforms(state: DecodeState, size: int) -> Float32[Array, "size Q G"]:
-    """The random numbers of the next `size` tokens, drawn before the loop over them."""
-
-    def one(key: PRNGKeyArray, token: Int32[Array, ""]) -> Float32[Array, ""]:
-        return jax.random.uniform(jax.random.fold_in(key, token))
-
-    rows = jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(0, None))
-    return jax.vmap(rows, in_axes=(None, 0))(state.row_keys, state.drawn + jnp.arange(size))
-
-
-def _rollout(prompts: Prompts, recorded: Recorded, done: Bool[Array, "Q G"]) -> Rollout:
+def _rollout(prompts: Prompts, done: Bool[Array, "Q G"], buffers: Recorded, limit: int) -> Rollout:
+    recorded = jax.tree.map(lambda x: jnp.moveaxis(x[:limit], 0, -1), buffers)
     return Rollout(
         prompt_tokens=prompts.tokens,
         prompt_lengths=prompts.lengths,

@@ -24,13 +24,13 @@ class Policy(NamedTuple):
 
 
 def make_policy(vocab: int = 97, seed: int = 0) -> Policy:
-    """Two layers, grouped heads, QK-norm; weights large enough that distributions are far from uniform."""
+    """Three layers, grouped heads, QK-norm; weights large enough that distributions are far from uniform."""
     config = ModelConfig(
         family="qwen3",
         vocab_size=vocab,
         hidden_size=64,
-        intermediate_size=96,
-        num_layers=2,
+        intermediate_size=160,
+        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,

@@ -1,0 +1,108 @@
+"""What the compiled rollout must not contain: full-precision weights and copies of the cache in its loop."""
+
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgrpo.config import RolloutConfig
+from jgrpo.rollout import Prompts, generate
+from tests.rollout.conftest import MATRICES, Policy
+from tests.rollout.test_sampler import full_logits
+
+GROUP = 14
+CONFIG = RolloutConfig(num_generations=GROUP, max_completion_length=96, top_p=0.9)
+_ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+)\[([0-9,]*)\]")
+_FLOATS = ("f16", "bf16", "f32", "f64")
+
+
+@pytest.fixture(scope="module")
+def compiled(int4_policy: Policy, prompts: Prompts) -> jax.stages.Compiled:
+    key = jax.random.key(0)
+    return generate.lower(*int4_policy, prompts, key, CONFIG, eos_ids=(1,), pad_id=0).compile()
+
+
+def instructions(text: str, *, named: str = "") -> Iterator[tuple[str, str, int]]:
+    """(instruction, element type, elements) of every array that an instruction of the program makes."""
+    for line in text.splitlines():
+        made = re.match(r"\s+(?:ROOT )?%\S+ = (\(?.*?\)?) ([a-z-]+)\(", line)
+        if made and (not named or made[2] == named):
+            for kind, shape in _ARRAY.findall(made[1]):
+                yield line, kind, int(np.prod([int(n) for n in shape.split(",") if n]))
+
+
+def computations(text: str) -> dict[str, str]:
+    """Body of every computation of the program by name."""
+    found = re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, flags=re.M | re.S)
+    return dict(found)
+
+
+def loop_bodies(text: str) -> str:
+    """Every computation that runs inside a while loop, its own calls included."""
+    parts = computations(text)
+    pending = re.findall(r" while\(.*?body=%([^\s,]+)", text)
+    seen: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen.add(name)
+            pending += [n for n in re.findall(r"(?:body|calls|to_apply)=%([^\s,]+)", parts[name])]
+    return "\n".join(parts[name] for name in sorted(seen))
+
+
+def test_no_array_as_large_as_the_dequantized_weights(compiled: jax.stages.Compiled, int4_policy: Policy) -> None:
+    """One layer at a time may be dequantized; a stack of them would be the copy that int4 is there to avoid."""
+    stacks = {int(np.prod(int4_policy.base["layers"][name].shape)) for name in MATRICES}
+    layers = {size // int4_policy.model.config.num_layers for size in stacks}
+    floats = [(line, size) for line, kind, size in instructions(compiled.as_text()) if kind in _FLOATS]
+    assert any(size in layers for _, size in floats)
+    assert [line for line, size in floats if size in stacks] == []
+
+
+def test_the_search_finds_a_dequantized_stack(int4_policy: Policy) -> None:
+    from jgrpo.quantization import dequantize
+
+    weight = int4_policy.base["layers"]["down"]
+    text = jax.jit(lambda w: dequantize(w) + 1).lower(weight).compile().as_text()
+    assert int(np.prod(weight.shape)) in [size for _, kind, size in instructions(text) if kind in _FLOATS]
+
+
+def test_the_cache_is_updated_in_place(compiled: jax.stages.Compiled, int4_policy: Policy, prompts: Prompts) -> None:
+    """Inside the loops nothing copies an array of the cache's size, and what makes one is an update in place."""
+    config = int4_policy.model.config
+    rows = prompts.tokens.shape[0] * GROUP
+    cache = config.num_layers * rows * config.num_kv_heads * CONFIG.max_completion_length * config.head_dim
+    body = loop_bodies(compiled.as_text())
+    assert any(size == cache for _, _, size in instructions(body, named="dynamic-update-slice"))
+    assert [line for line, _, size in instructions(body, named="copy") if size >= cache] == []
+
+
+def test_temporary_memory_is_two_caches_and_little_else(
+    compiled: jax.stages.Compiled, int4_policy: Policy, prompts: Prompts
+) -> None:
+    config = int4_policy.model.config
+    rows = prompts.tokens.shape[0] * GROUP
+    cache = 4 * config.num_layers * rows * config.num_kv_heads * CONFIG.max_completion_length * config.head_dim
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    assert 2 * cache <= analysis.temp_size_in_bytes < 3 * cache
+
+
+def test_an_int4_base_samples_like_its_own_full_forward(
+    compiled: jax.stages.Compiled, int4_policy: Policy, prompts: Prompts
+) -> None:
+    rollout = compiled(int4_policy.base, int4_policy.lora, prompts, jax.random.key(0))
+    mask = np.asarray(rollout.completion_mask)
+    logp = jax.nn.log_softmax(jnp.asarray(full_logits(int4_policy, rollout)))
+    expected = jnp.take_along_axis(logp, rollout.completion_tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(np.asarray(rollout.policy_logprobs)[mask], np.asarray(expected)[mask], atol=1e-4)
+
+
+def test_the_host_waits_once_a_chunk(compiled: jax.stages.Compiled) -> None:
+    """Of the loops around the model only the one over chunks has a trip count that is not known beforehand."""
+    loops = [line for line in compiled.as_text().splitlines() if " while(" in line]
+    assert len(loops) >= 4
+    assert len([line for line in loops if "known_trip_count" not in line]) == 1
