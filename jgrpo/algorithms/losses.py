@@ -22,8 +22,17 @@ WEIGHT_FLOOR = 1e-8
 
 
 def per_token(advantages: Float[Array, "..."], like: Float[Array, "*S C"]) -> Float[Array, "..."]:
-    """Advantages that broadcast against [*S, C]: a trailing axis is added to those of shape [*S]."""
-    return advantages[..., None] if advantages.ndim == like.ndim - 1 else advantages
+    """Advantages that broadcast against [*S, C]: [*S] gets a trailing axis, [*S, C] is unchanged.
+
+    Raises ValueError for any other shape, which could broadcast into something not meant.
+    """
+    if advantages.shape == like.shape[:-1]:
+        return advantages[..., None]
+    if advantages.shape == like.shape:
+        return advantages
+    raise ValueError(
+        f"advantages {advantages.shape} fit neither the rows {like.shape[:-1]} nor the tokens {like.shape}"
+    )
 
 
 def clipped_loss(

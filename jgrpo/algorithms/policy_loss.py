@@ -5,6 +5,7 @@ Everything that depends on more than one row (weights, token mask, β) comes in 
 optimizer batch; what is computed here stays within a row. A sum over any split of the rows is thus the same sum.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -52,10 +53,11 @@ def policy_loss(
     Returns the loss and per-token arrays without gradient: ratio, clipped_low, clipped_high, and, where their inputs
     are given, kl, entropy, sampler_log_ratio. Reduce them with `policy_metrics` over the whole batch.
 
-    Raises ValueError if the objective needs an input that is None.
+    Raises ValueError if the objective needs an input that is None, AssertionError for shapes that differ.
     """
     beta = objective.beta if beta is None else beta
     entropy_coef = objective.entropy_coef if entropy_coef is None else entropy_coef
+    chex.assert_equal_shape([logprobs, old_logprobs, mask, weights])
     _check_inputs(objective, beta, entropy_coef, ref_logprobs, sampler_logprobs, entropy)
     logprobs, old_logprobs = jnp.where(mask, logprobs, 0), jnp.where(mask, old_logprobs, 0)
     log_ratio = clamped_log_ratio(logprobs, jax.lax.stop_gradient(old_logprobs))

@@ -161,6 +161,14 @@ def test_leading_axes_do_not_matter(kind):
     np.testing.assert_array_equal(np.asarray(nested).reshape(rows.shape), rows)
 
 
+@pytest.mark.parametrize("shape", [(12,), (4, 3), (3, 1), (3, 4, 1)])
+def test_advantages_of_another_shape_are_refused(shape):
+    batch = oracle.random_batch(11)
+    batch.advantages = np.zeros(shape)
+    with pytest.raises(ValueError, match="fit neither the rows"):
+        loss_of("clipped", "token", SETTINGS["clipped"], jnp.asarray(batch.ell), batch)
+
+
 def test_clip_indicators_need_the_sign_that_loses_its_gradient():
     log_ratio = jnp.log(jnp.asarray([[0.5, 1.0, 2.0], [0.5, 1.0, 2.0]]))
     low, high = losses.clip_indicators(log_ratio, jnp.asarray([1.0, -1.0]), (0.8, 1.2))

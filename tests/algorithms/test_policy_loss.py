@@ -270,6 +270,27 @@ def test_a_missing_input_is_named(changes, missing):
         policy_loss(jnp.asarray(batch.ell), *positional, objective)
 
 
+def test_arrays_of_different_shapes_are_refused():
+    batch = oracle.random_batch(13)
+    objective = make()
+    positional, _ = inputs(batch, objective)
+    with pytest.raises(AssertionError, match="different shapes"):
+        policy_loss(jnp.asarray(batch.ell), *positional[:3], positional[3][..., :1], objective)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_single_precision_is_close(kind):
+    batch = oracle.random_batch(15)
+    objective = make(loss_type=kind, beta=0.1)
+    weights = oracle.weights("grpo", batch.mask, batch.ell.shape[-1])
+    expected = oracle.total_loss(batch, weights, SETTINGS[kind], kind, beta=0.1)
+    with jax.enable_x64(False):
+        positional, keywords = inputs(batch, objective)
+        loss, _ = policy_loss(jnp.asarray(batch.ell), *positional, objective, **keywords)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 def test_top_entropy_mask_leaves_gradient_on_the_chosen_tokens_only():
     batch = oracle.random_batch(14)
     chosen = top_entropy_mask(jnp.asarray(batch.entropy), jnp.asarray(batch.mask), fraction=0.3)
