@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch, reference
@@ -50,8 +51,10 @@ def int4_matmul(
         dispatch.int4_matmul_rule(device, x.dtype, m, k, group),
         dispatch.int4_matmul_problem(device, x.dtype, k, group),
     )
-    index = None if layer is None else jnp.asarray(layer, jnp.int32)
-    return _int4_matmul(jnp.dtype(out_dtype or x.dtype), chosen, x, packed, scales, index, xa, lora_b)
+    # A Python index stays one: the kernel then gets it as an argument instead of reading it from memory first.
+    static = layer if layer is None or isinstance(layer, int) else None
+    traced = None if layer is static else jnp.asarray(layer, jnp.int32)
+    return _int4_matmul(jnp.dtype(out_dtype or x.dtype), chosen, static, x, packed, scales, traced, xa, lora_b)
 
 
 def _check_shapes(x, packed, scales, layer, xa, lora_b) -> None:
@@ -80,8 +83,9 @@ def _lora_layer(lora_b, layer):
     return reference.take_layer(lora_b, layer if lora_b.ndim == 3 else None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _int4_matmul(out_dtype, implementation: str, x, packed, scales, layer, xa, lora_b):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _int4_matmul(out_dtype, implementation: str, static_layer: int | None, x, packed, scales, traced_layer, xa, lora_b):
+    layer = static_layer if traced_layer is None else traced_layer
     if implementation == dispatch.TRITON:
         from pallas_kernels.int4_matmul_triton import int4_matmul as fused
 
@@ -90,20 +94,20 @@ def _int4_matmul(out_dtype, implementation: str, x, packed, scales, layer, xa, l
     return reference.int4_matmul(x, packed, scales, layer, xa, b, out_dtype)
 
 
-def _forward(out_dtype, implementation, x, packed, scales, layer, xa, lora_b):
+def _forward(out_dtype, implementation, static_layer, x, packed, scales, traced_layer, xa, lora_b):
     if scales.perturbed:
         raise TypeError("int4_matmul: quantized weights are frozen; differentiate the adapter, not the base")
-    x, packed, scales, layer, xa, lora_b = jax.tree.map(
-        lambda primal: primal.value, (x, packed, scales, layer, xa, lora_b), is_leaf=lambda t: hasattr(t, "perturbed")
-    )
-    out = _int4_matmul(out_dtype, implementation, x, packed, scales, layer, xa, lora_b)
-    like_x = jnp.zeros((0,), x.dtype)
-    return out, (like_x, packed, scales, layer, xa, lora_b)
+    primals = (x, packed, scales, traced_layer, xa, lora_b)
+    primals = tuple(None if primal is None else primal.value for primal in primals)
+    out = _int4_matmul(out_dtype, implementation, static_layer, *primals)
+    like_x = jnp.zeros((0,), x.value.dtype)  # keeps x's dtype without keeping x
+    return out, (like_x, *primals[1:])
 
 
-def _backward(out_dtype, implementation, residuals, g):
-    like_x, packed, scales, layer, xa, lora_b = residuals
-    if type(g).__name__ == "SymbolicZero":
+def _backward(out_dtype, implementation, static_layer, residuals, g):
+    like_x, packed, scales, traced_layer, xa, lora_b = residuals
+    layer = static_layer if traced_layer is None else traced_layer
+    if isinstance(g, SymbolicZero):
         return None, None, None, None, None, None
     g = g.astype(like_x.dtype)
     g, weight = reference.layer_weight(g, packed, scales, layer)

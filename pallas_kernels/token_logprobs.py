@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, reference
@@ -112,8 +113,7 @@ def _forward(temperature, chunk, hidden, head, targets):
 
 
 def _dense(cotangent) -> Array:
-    is_zero = type(cotangent).__name__ == "SymbolicZero"
-    return jnp.zeros(cotangent.shape, jnp.float32) if is_zero else cotangent
+    return jnp.zeros(cotangent.shape, jnp.float32) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 def _chunk_gradient(temperature: float, head, xs) -> tuple[Array, Array]:

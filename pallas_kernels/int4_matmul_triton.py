@@ -1,0 +1,228 @@
+"""The fused int4 matmul for NVIDIA GPUs (sm_80 and up): out = x @ dequant(W[layer])^T (+ xa @ B[layer]^T).
+
+Bound by the bytes of the packed weights while M is small, so the kernel is built around their path: 16-byte
+asynchronous copies of [BLOCK_N, BLOCK_K / 2] bytes, one 32-bit register = 4 bytes = 4 low + 4 high nibbles, unpacked by
+`prmt` straight into pairs of bfloat16 (0x43nn = 128 + n, exact), minus 136, times the group's scale. Split-half packing
+makes this two products per byte tile: low nibbles against the first half of each group's x, high against the second.
+
+Two shapes of the product:
+
+- plain: x [BLOCK_M, k] is the left operand, weights are `mma.sync`'s right one. Few rows, and GPUs before Hopper.
+- swapped: weights are the left operand, taken by `wgmma` from registers, x^T the right one, read from shared memory by
+  the tensor core itself. Its fragments hold elements (2t, 2t+1, 2t+8, 2t+9) of every 16, where a thread's four bytes
+  are (4t .. 4t+3); so x's columns are permuted to match before the launch (`permute_columns`; XLA fuses that into
+  whatever produced x). The weight tile is read as [N/8, K/16, 8, 16] blocks, which lie free of bank conflicts.
+
+Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float32 partial sums are written and XLA adds
+them (fused into the consumer); the first split adds the LoRA product.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array, Float
+
+from pallas_kernels import reference, tuning
+
+_BF16_PAIRS = tl.constexpr(
+    """{
+.reg .b32 low, high;
+and.b32 low, $4, 0x0f0f0f0f;
+shr.u32 high, $4, 4;
+and.b32 high, high, 0x0f0f0f0f;
+prmt.b32 $0, low, 0x43434343, 0x4140;
+prmt.b32 $1, low, 0x43434343, 0x4342;
+prmt.b32 $2, high, 0x43434343, 0x4140;
+prmt.b32 $3, high, 0x43434343, 0x4342;
+}"""
+)
+_FP16_PAIRS = tl.constexpr(_BF16_PAIRS.value.replace("0x43434343", "0x64646464"))
+
+
+@triton.jit
+def _unpack(packed, PTX: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes -> (low nibble - 8, high nibble - 8) in DTYPE, exact."""
+    if PTX and tl.bfloat16 == DTYPE:
+        low, high = tl.inline_asm_elementwise(
+            _BF16_PAIRS, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+        return low - 136.0, high - 136.0
+    elif PTX and tl.float16 == DTYPE:
+        low, high = tl.inline_asm_elementwise(
+            _FP16_PAIRS, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+        return low - 1032.0, high - 1032.0
+    else:
+        return ((packed & 0xF).to(tl.int32) - 8).to(DTYPE), ((packed >> 4).to(tl.int32) - 8).to(DTYPE)
+
+
+@triton.jit
+def _scaled(values, scales, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
+    """[ROWS, GROUPS * HALF] times [ROWS, GROUPS], each group by its scale."""
+    grouped = tl.reshape(values, (ROWS, GROUPS, HALF)) * scales[:, :, None]
+    return tl.reshape(grouped, (ROWS, GROUPS * HALF))
+
+
+@triton.jit
+def int4_matmul_kernel(
+    x_ptr,
+    packed_ptr,
+    scales_ptr,
+    layer_ptr,
+    xa_ptr,
+    b_ptr,
+    out_ptr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    B_STACKED: tl.constexpr,
+    LAYER_IS_POINTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One [BLOCK_M, BLOCK_N] tile of one K split; grid (M tiles, N tiles, SPLIT_K)."""
+    HALF: tl.constexpr = GROUP // 2
+    BYTES: tl.constexpr = BLOCK_K // 2
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    BLOCKS: tl.constexpr = K // BLOCK_K
+    PER_SPLIT: tl.constexpr = (BLOCKS + SPLIT_K - 1) // SPLIT_K
+
+    split = tl.program_id(2)
+    layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
+    packed_ptr += layer * tl.full((), N * (K // 2), tl.int64)
+    scales_ptr += layer * tl.full((), N * (K // GROUP), tl.int64)
+    first = split * PER_SPLIT
+    last = tl.minimum(first + PER_SPLIT, BLOCKS)
+
+    rows_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_m = tl.minimum(rows_m, M - 1)
+    safe_n = tl.minimum(rows_n, N - 1)
+
+    byte = tl.arange(0, BYTES)
+    x_ptrs = x_ptr + safe_m[:, None] * K + ((byte // HALF) * GROUP + byte % HALF)[None, :]
+    scale_ptrs = scales_ptr + safe_n[:, None] * (K // GROUP) + tl.arange(0, GROUPS)[None, :]
+    if SWAP:  # [BLOCK_N / 8, BYTES / 16, 8, 16]
+        eights = tl.arange(0, BLOCK_N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
+        columns = tl.arange(0, BYTES // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
+        offsets = tl.minimum(tl.program_id(1) * BLOCK_N + eights, N - 1) * (K // 2) + columns
+        # Only the last axis is contiguous. The other hints order the axes of the copy: neighbouring threads take the 8
+        # rows first, which fills a shared-memory line, then the columns, which fills a memory sector.
+        packed_ptrs = packed_ptr + tl.max_contiguous(offsets, (1, 2, 4, 16))
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        packed_ptrs = packed_ptr + safe_n[:, None] * (K // 2) + byte[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    for block in tl.range(first, last, num_stages=STAGES):
+        x_low = tl.load(x_ptrs + block * BLOCK_K)
+        x_high = tl.load(x_ptrs + block * BLOCK_K + HALF)
+        packed = tl.load(packed_ptrs + block * BYTES)
+        scales = tl.load(scale_ptrs + block * GROUPS).to(DTYPE)
+        if SWAP:
+            blocks = tl.reshape(packed, (BLOCK_N // 8, BYTES // 16, 8, 4, 2, 2))
+            packed = tl.reshape(tl.permute(blocks, (0, 2, 1, 4, 3, 5)), (BLOCK_N, BYTES))
+        low, high = _unpack(packed, PTX, DTYPE)
+        low = _scaled(low, scales, BLOCK_N, GROUPS, HALF)
+        high = _scaled(high, scales, BLOCK_N, GROUPS, HALF)
+        if SWAP:
+            acc = tl.dot(low, tl.trans(x_low), acc)
+            acc = tl.dot(high, tl.trans(x_high), acc)
+        else:
+            acc = tl.dot(x_low, tl.trans(low), acc)
+            acc = tl.dot(x_high, tl.trans(high), acc)
+
+    if R > 0 and split == 0:
+        rank = tl.arange(0, R_PAD)
+        if B_STACKED:
+            b_ptr += layer * tl.full((), N * R, tl.int64)
+        valid = (rank < R)[None, :]
+        b = tl.load(b_ptr + safe_n[:, None] * R + rank[None, :], mask=valid, other=0.0).to(DTYPE)
+        xa = tl.load(xa_ptr + safe_m[:, None] * R + rank[None, :], mask=valid, other=0.0).to(DTYPE)
+        acc = tl.dot(b, tl.trans(xa), acc) if SWAP else tl.dot(xa, tl.trans(b), acc)
+
+    out_ptr += split * tl.full((), M * N, tl.int64)
+    if SWAP:
+        mask = (rows_m < M)[None, :] & (rows_n < N)[:, None]
+        tl.store(out_ptr + rows_m[None, :] * N + rows_n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        mask = (rows_m < M)[:, None] & (rows_n < N)[None, :]
+        tl.store(out_ptr + rows_m[:, None] * N + rows_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def permute_columns(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
+    """x with every 16 columns reordered for the swapped product: (4t + 2h + j) -> (8h + 2t + j)."""
+    m, k = x.shape
+    return x.reshape(m, k // 16, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(m, k)
+
+
+def kernel_constants(m: int, n: int, k: int, group: int, rank: int, config: tuning.Int4Config) -> dict:
+    """The kernel's shape and block parameters, shared by the GPU launch and the interpreter's tests."""
+    return {
+        "M": m,
+        "N": n,
+        "K": k,
+        "GROUP": group,
+        "R": rank,
+        "R_PAD": max(16, triton.next_power_of_2(rank)) if rank else 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SPLIT_K": config.split_k,
+        "SWAP": config.swap,
+        "STAGES": config.stages,
+    }
+
+
+def grid(m: int, n: int, config: tuning.Int4Config) -> tuple[int, int, int]:
+    """Tiles of the same weights are neighbours, so that they meet in the cache."""
+    return triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n), config.split_k
+
+
+@partial(jax.named_call, name="int4_matmul")
+def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
+    """Launch the kernel; the arguments are those of `pallas_kernels.int4_matmul`, `config` overrides the tuned blocks."""
+    import jax_triton
+
+    (m, k), n, group = x.shape, packed.shape[-2], reference.group_size(packed, scales)
+    config = config or tuning.int4_config(m, n, k, group)
+    rank = 0 if xa is None else xa.shape[1]
+    x = permute_columns(x) if config.swap else x
+    unused = scales  # a pointer that the kernel never follows
+    partial_sums = config.split_k > 1
+    out_shape = (config.split_k, m, n) if partial_sums else (m, n)
+    out = jax_triton.triton_call(
+        x,
+        packed,
+        scales,
+        0 if layer is None else layer,
+        unused if xa is None else xa,
+        unused if lora_b is None else lora_b,
+        kernel=int4_matmul_kernel,
+        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32 if partial_sums else out_dtype),
+        grid=grid(m, n, config),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        B_STACKED=lora_b is not None and lora_b.ndim == 3,
+        LAYER_IS_POINTER=isinstance(layer, jax.Array),
+        PTX=True,
+        DTYPE=_triton_type(x.dtype),
+        **kernel_constants(m, n, k, group, rank, config),
+    )
+    return out.sum(axis=0).astype(out_dtype) if partial_sums else out
+
+
+def _triton_type(dtype):
+    return {"bfloat16": tl.bfloat16, "float16": tl.float16}[jnp.dtype(dtype).name]

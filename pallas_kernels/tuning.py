@@ -1,0 +1,114 @@
+"""Block sizes of the kernels: measured ones from `tuned/<device>.json`, else a heuristic.
+
+`scripts/autotune.py` writes the files. A file lists, for each operation, shapes with the fastest configuration; a shape
+that is not listed takes the entry that is nearest in log size among those that fit it.
+"""
+
+import functools
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from importlib import resources
+
+from pallas_kernels import dispatch
+
+
+@dataclass(frozen=True)
+class Int4Config:
+    """Blocks of the int4 matmul; `swap` takes the weights as the left operand (see int4_matmul_triton.py)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    swap: bool
+    warps: int
+    stages: int
+
+    def fits(self, m: int, n: int, k: int, group: int) -> bool:
+        """Whether the kernel can run this shape: whole groups in a block, whole blocks in K."""
+        return k % self.block_k == 0 and self.block_k % group == 0 and self.split_k <= k // self.block_k
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has."""
+
+    block_slots: int
+    prompt_rows: int
+    suffix_splits: int
+    prompt_splits: int
+    warps: int
+    stages: int
+
+
+def device_file(device_name: str) -> str:
+    """'NVIDIA H200' -> 'nvidia_h200.json'."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
+
+
+@functools.cache
+def tuned(device_name: str) -> dict:
+    """The measured entries of a device, {} where none were measured."""
+    path = resources.files("pallas_kernels") / "tuned" / device_file(device_name)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _distance(entry: dict, shape: dict[str, int]) -> float:
+    """Log-size distance; rows decide first, because they change which configuration wins more than N and K do."""
+    weight = {"m": 4.0}
+    return sum(weight.get(key, 1.0) * abs(math.log(entry[key] / value)) for key, value in shape.items())
+
+
+def int4_config(m: int, n: int, k: int, group: int) -> Int4Config:
+    """The blocks for x [M, K] @ W [N, K]^T on the current device."""
+    device = dispatch.current_device()
+    entries = tuned(device.name).get("int4_matmul", [])
+    candidates = [e for e in entries if Int4Config(**e["config"]).fits(m, n, k, group)]
+    if candidates:
+        nearest = min(candidates, key=lambda e: _distance(e, {"m": m, "n": n, "k": k}))
+        return Int4Config(**nearest["config"])
+    return int4_heuristic(m, n, k, group, hopper=(device.capability or (0, 0)) >= (9, 0))
+
+
+def int4_heuristic(m: int, n: int, k: int, group: int, *, hopper: bool, multiprocessors: int = 132) -> Int4Config:
+    """Whole rows of x in one tile as far as registers allow, then K split until every multiprocessor has work.
+
+    `wgmma` (Hopper) takes over from `mma.sync` at 33 rows, where x no longer fits the registers of a warp cheaply.
+    """
+    block_m = min(max(16, _power_of_two(m)), 128 if hopper else 64)
+    swap = hopper and block_m >= 64
+    block_k = next(size for size in (128, 64, 32) if (k % size == 0 and size >= group) or size == group)
+    block_n = 128 if n > 64 else 64
+    tiles = math.ceil(n / block_n) * math.ceil(m / block_m)
+    split_k = max(1, min(round(1.5 * multiprocessors / tiles), k // block_k // 4 or 1))
+    warps = 8 if block_m >= 128 else 4
+    return Int4Config(block_m, block_n, block_k, split_k, swap, warps, stages=4 if block_m <= 64 else 3)
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def attention_config(rows: int, prompts: int, head_dim: int) -> AttentionConfig:
+    """The blocks for `rows` = Q * G * K independent suffixes and `prompts` = Q * K shared prompts."""
+    entries = tuned(dispatch.current_device().name).get("decode_attention", [])
+    candidates = [e for e in entries if e["head_dim"] == head_dim]
+    if candidates:
+        nearest = min(candidates, key=lambda e: _distance(e, {"rows": rows, "prompts": prompts}))
+        return AttentionConfig(**nearest["config"])
+    return attention_heuristic(rows, prompts, head_dim)
+
+
+def attention_heuristic(rows: int, prompts: int, head_dim: int, *, multiprocessors: int = 132) -> AttentionConfig:
+    """Split each suffix until the programs fill the GPU about four times; prompts are few and get as many splits."""
+    wanted = 4 * multiprocessors
+    suffix_splits = max(1, min(16, _power_of_two(math.ceil(wanted / rows))))
+    prompt_splits = max(1, min(8, _power_of_two(math.ceil(multiprocessors / prompts))))
+    return AttentionConfig(64 if head_dim <= 128 else 32, 32, suffix_splits, prompt_splits, warps=4, stages=3)
+
+
+def as_entry(config: Int4Config | AttentionConfig, **shape: int) -> dict:
+    """An entry of a tuned file."""
+    return {**shape, "config": asdict(config)}

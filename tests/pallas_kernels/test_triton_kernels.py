@@ -1,0 +1,103 @@
+"""The Triton kernels' own code against float64; outputs start as NaN. Interpreted on the CPU, compiled on a GPU."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton, whose interpreter runs the kernels on a CPU", allow_module_level=True)
+
+from tests.pallas_kernels import launch
+from tests.pallas_kernels.launch import DTYPES, TOLERANCE, float64, rounded
+from tests.pallas_kernels.oracles import attention, random_int4, relative_error
+
+PLAIN = launch.Int4Config(block_m=16, block_n=32, block_k=64, split_k=1, swap=False, warps=4, stages=2)
+
+
+def int4_blocks(**changes) -> launch.Int4Config:
+    """PLAIN with changes; the swapped product wants 64 rows of weights for a warp group."""
+    if changes.get("swap"):
+        changes = {"block_n": 64, **changes}
+    return launch.Int4Config(**{**vars(PLAIN), **changes})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "blocks"),
+    [
+        (1, 7, 64, 32, {"block_k": 32}),
+        (5, 70, 128, 64, {"block_k": 128, "block_n": 64}),
+        (16, 33, 256, 128, {"block_k": 128}),
+        (33, 40, 128, 32, {"block_m": 32}),
+        (200, 9, 64, 64, {"block_m": 64}),
+        (5, 33, 896, 128, {"block_k": 128, "split_k": 3}),
+        (3, 17, 1536, 64, {"block_k": 128, "split_k": 12}),
+        (3, 17, 3584, 64, {"block_k": 256, "split_k": 5}),
+    ],
+)
+def test_int4_matmul(m, n, k, group, blocks, swap, dtype):
+    rng = np.random.default_rng(m + n + k)
+    packed, scales, weight = random_int4(rng, n, k, group)
+    x = rounded(rng.normal(size=(m, k)), dtype)
+    out = launch.int4_matmul(x, packed, scales, 0, None, None, int4_blocks(swap=swap, **blocks))
+    assert relative_error(out, float64(x) @ weight.T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("pointer", [False, True])
+def test_int4_matmul_adds_the_adapter_of_the_layer(pointer, stacked, split_k, swap):
+    rng, dtype = np.random.default_rng(8), DTYPES[-1]
+    packed, scales, weight = random_int4(rng, 20, 128, 32, layers=(3,))
+    x, xa = rounded(rng.normal(size=(5, 128)), dtype), rounded(rng.normal(size=(5, 12)), dtype)
+    b = rounded(rng.normal(size=(3, 20, 12)), dtype).float()
+    for layer in (1, 2):
+        blocks = int4_blocks(swap=swap, split_k=split_k)
+        out = launch.int4_matmul(x, packed, scales, layer, xa, b if stacked else b[layer], blocks, pointer)
+        want = float64(x) @ weight[layer].T + float64(xa) @ float64(b[layer]).T
+        assert relative_error(out, want) < TOLERANCE[dtype]
+
+
+def attention_case(rng, dtype, length, questions=2, generations=3, heads=4, kv_heads=2, depth=16, prompt=40, suffix=50):
+    """Random arguments of decode_attention over two layers; slots out of use hold NaN."""
+    q = rng.normal(size=(questions, generations, heads, depth))
+    prompts = rng.normal(size=(2, 2, questions, kv_heads, prompt, depth))
+    suffixes = rng.normal(size=(2, 2, questions, generations, kv_heads, suffix, depth))
+    lengths = rng.integers(1, prompt + 1, questions).astype(np.int32)
+    for question, used in enumerate(lengths):
+        prompts[:, :, question, :, used:] = np.nan
+    suffixes[..., length:, :] = np.nan
+    prompts, suffixes = rounded(prompts, dtype), rounded(suffixes, dtype)
+    return rounded(q, dtype), prompts[0], prompts[1], lengths, suffixes[0], suffixes[1]
+
+
+def attention_error(case, length, layer, window, config) -> float:
+    """Relative error against the float64 oracle."""
+    out = launch.decode_attention(*case, length, layer, 0.25, window, config)
+    exact = [a if isinstance(a, np.ndarray) else float64(a) for a in case]
+    return relative_error(out, attention(*exact, length, layer, 0.25, window))
+
+
+def attention_blocks(prompt_splits, suffix_splits, prompt_rows=32) -> launch.AttentionConfig:
+    """Blocks of 16 slots."""
+    return launch.AttentionConfig(16, prompt_rows, suffix_splits, prompt_splits, warps=4, stages=2)
+
+
+@pytest.mark.parametrize("splits", [(1, 1), (2, 3), (4, 4)])
+@pytest.mark.parametrize(("length", "window"), [(1, None), (50, None), (17, None), (33, 20), (5, 8), (50, 1), (9, 500)])
+def test_decode_attention(length, window, splits):
+    dtype = DTYPES[-1]
+    case = attention_case(np.random.default_rng(length), dtype, length)
+    assert attention_error(case, length, 1, window, attention_blocks(*splits)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "generations"), [(1, 1, 1), (7, 1, 6), (6, 6, 2), (14, 2, 5), (20, 1, 2)]
+)
+def test_decode_attention_head_layouts(heads, kv_heads, generations):
+    dtype = DTYPES[-1]
+    case = attention_case(np.random.default_rng(heads), dtype, 20, 2, generations, heads, kv_heads)
+    assert attention_error(case, 20, 0, None, attention_blocks(2, 2, prompt_rows=16)) < TOLERANCE[dtype]
