@@ -1,0 +1,210 @@
+"""Time, throughput and peak memory of a GRPO step of a model of real shape with random weights.
+
+    PYTHONPATH=. python scripts/bench_step.py --preset qwen2.5-1.5b
+    PYTHONPATH=. python scripts/bench_step.py --preset llama-3.1-8b --microbatch-size 4 --steps 5
+
+EOS is ignored, so every completion has `--max-completion-length` tokens; rewards are random and take no time. One JSON
+line a phase: `rollout` alone, `update` alone, and `step` (both, as in the loop). Times are medians after one step that
+compiles. `peak_bytes` is the allocator's peak since the process started, with preallocation off. Model FLOP
+utilisation counts a forward and the gradient of the activations (the base has none of its own) of the matrices, the
+head and causal attention, at `--peak-tflops`, and no recomputation.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+from shapes import PRESETS, linear_parameters, random_base
+
+from jgrpo.config import LoraConfig, TrainConfig
+from jgrpo.lora import init_lora
+from jgrpo.models import ModelConfig, Transformer
+from jgrpo.rollout import Prompts, generate
+from jgrpo.training import Batch, TrainState, grpo_step, make_optimizer
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L4": 121.0, "L40S": 362.0, "RTX 4090": 165.0}
+"""Dense bfloat16, from the vendor's data sheets."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="qwen2.5-1.5b")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts Q (default %(default)s)")
+    parser.add_argument("--num-generations", type=int, default=8, help="completions G (default %(default)s)")
+    parser.add_argument("--prompt-length", type=int, default=256, help="prompt tokens P (default %(default)s)")
+    parser.add_argument("--max-completion-length", type=int, default=512, help="new tokens C (default %(default)s)")
+    parser.add_argument("--microbatch-size", type=int, default=8, help="rows a microbatch (default %(default)s)")
+    parser.add_argument("--logprob-chunk", type=int, default=4096, help="positions with logits (default %(default)s)")
+    parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations")
+    parser.add_argument("--beta", type=float, default=0.0, help="KL weight; above 0: with a reference forward")
+    parser.add_argument("--lora-rank", type=int, default=32, help="rank R (default %(default)s)")
+    parser.add_argument("--group-size", type=int, default=64, help="int4 group (default %(default)s)")
+    parser.add_argument("--quantization", choices=("int4", "none"), default="int4", help="of the linear layers")
+    parser.add_argument("--int4-embeddings", action="store_true", help="embedding and head in int4 too")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
+    parser.add_argument("--phases", default="rollout,update,step", help="which to time (default %(default)s)")
+    parser.add_argument("--memory-analysis", action="store_true", help="also what XLA plans for the update's program")
+    parser.add_argument("--peak-tflops", type=float, help="for the utilisation; default: by the device's name")
+    return parser.parse_args()
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The settings that the step reads."""
+    default = TrainConfig()
+    return dataclasses.replace(
+        default,
+        lora=LoraConfig(lora_rank=args.lora_rank, lora_alpha=2.0 * args.lora_rank),
+        rollout=dataclasses.replace(
+            default.rollout, num_generations=args.num_generations, max_completion_length=args.max_completion_length
+        ),
+        algorithm=dataclasses.replace(default.algorithm, beta=args.beta),
+        training=dataclasses.replace(
+            default.training,
+            prompts_per_step=args.prompts,
+            microbatch_size=args.microbatch_size,
+            remat=not args.no_remat,
+            logprob_chunk=args.logprob_chunk,
+        ),
+    )
+
+
+class Bench:
+    """The workload on the device, and its phases."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.config = args, train_config(args)
+        self.model_config: ModelConfig = PRESETS[args.preset]
+        self.model = Transformer(self.model_config, self.config.lora, jnp.dtype(args.dtype))
+        self.base = random_base(
+            self.model_config,
+            group_size=args.group_size,
+            int4=args.quantization == "int4",
+            int4_embeddings=args.int4_embeddings,
+        )
+        self.optimizer = make_optimizer(self.config.optimizer, updates=1000)
+        lora = init_lora(jax.random.key(1), self.config.lora, self.model_config)
+        self.state = TrainState.create(lora, self.optimizer, jax.random.key(2))
+        shape = (args.prompts, args.prompt_length)
+        tokens = jax.random.randint(jax.random.key(3), shape, 0, self.model_config.vocab_size)
+        self.prompts = Prompts(tokens=tokens, lengths=jnp.full(args.prompts, args.prompt_length, jnp.int32))
+        self.rewards = jax.random.uniform(jax.random.key(4), (args.prompts, args.num_generations))
+        self.number = 0
+        self.batch: Batch | None = None
+
+    def rollout(self) -> None:
+        self.number += 1
+        key = jax.random.fold_in(self.state.key, self.number)
+        drawn = generate(
+            self.model, self.base, self.state.lora, self.prompts, key, self.config.rollout, eos_ids=(), pad_id=0
+        )
+        advantages = self.rewards - self.rewards.mean(axis=1, keepdims=True)
+        self.batch = jax.block_until_ready(Batch(rollout=drawn, rewards=self.rewards, advantages=advantages))
+
+    def update(self) -> None:
+        assert self.batch is not None
+        self.state, metrics = grpo_step(
+            self.state, self.base, self.batch, model=self.model, optimizer=self.optimizer, config=self.config
+        )
+        self.metrics = jax.device_get(metrics)
+
+    def planned_memory(self) -> dict:
+        """XLA's own figures for the update (compiles it once more)."""
+        if self.batch is None:
+            self.rollout()
+        how = dict(model=self.model, optimizer=self.optimizer, config=self.config)
+        analysis = grpo_step.lower(self.state, self.base, self.batch, **how).compile().memory_analysis()
+        names = ("argument", "output", "alias", "temp", "generated_code")
+        return {f"{name}_bytes": getattr(analysis, f"{name}_size_in_bytes") for name in names}
+
+    def step(self) -> None:
+        self.rollout()
+        self.update()
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.args.prompts * self.args.num_generations * self.args.max_completion_length
+
+    @property
+    def row_tokens(self) -> int:
+        return (
+            self.args.prompts * self.args.num_generations * (self.args.prompt_length + self.args.max_completion_length)
+        )
+
+    def update_flops(self) -> float:
+        """Forward and activation gradient: 2 · 2 operations a parameter and position, likewise head and attention."""
+        config, length = self.model_config, self.args.prompt_length + self.args.max_completion_length
+        linear = linear_parameters(config) * self.row_tokens
+        head = config.vocab_size * config.hidden_size * self.completion_tokens
+        # Scores and mix of values: 2 products of T · T / 2 · H · Hd, whose gradient costs twice the forward.
+        attention = config.num_layers * config.num_heads * config.head_dim * length * self.row_tokens
+        reference = 1.5 if self.args.beta > 0 else 1.0
+        return reference * 2 * (2 * linear + 2 * head + 3 * attention)
+
+
+def measure(bench: Bench, phase: str) -> dict:
+    run = getattr(bench, phase)
+    if phase == "update" and bench.batch is None:
+        bench.rollout()
+    began = time.perf_counter()
+    run()
+    first = time.perf_counter() - began
+    seconds = []
+    for _ in range(bench.args.steps):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    median = statistics.median(seconds)
+    tokens = {"rollout": bench.completion_tokens, "update": bench.row_tokens, "step": bench.completion_tokens}[phase]
+    return {
+        "phase": phase,
+        "seconds": round(median, 5),
+        "fastest": round(min(seconds), 5),
+        "first_call_seconds": round(first, 2),
+        "tokens_per_s": round(tokens / median, 1),
+        **utilisation(bench, phase, median),
+        **memory(),
+    }
+
+
+def utilisation(bench: Bench, phase: str, seconds: float) -> dict:
+    if phase != "update":
+        return {}
+    tflops = bench.update_flops() / seconds / 1e12
+    kind = jax.devices()[0].device_kind
+    peak = bench.args.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in kind), None)
+    return {"tflops": round(tflops, 2), "mfu": None if peak is None else round(tflops / peak, 4)}
+
+
+def memory() -> dict:
+    stats = jax.devices()[0].memory_stats() or {}
+    return {"peak_bytes": stats.get("peak_bytes_in_use"), "in_use_bytes": stats.get("bytes_in_use")}
+
+
+def main() -> None:
+    args = arguments()
+    bench = Bench(args)
+    jax.block_until_ready(bench.base)
+    base_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(bench.base))
+    setting = {
+        name: value for name, value in vars(args).items() if name not in ("phases", "peak_tflops", "memory_analysis")
+    }
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "base_bytes": base_bytes, **setting}
+    print(json.dumps({"phase": "setup", **about, **memory()}), flush=True)
+    for phase in args.phases.split(","):
+        print(json.dumps({**measure(bench, phase), "preset": args.preset}), flush=True)
+    if args.memory_analysis:
+        print(json.dumps({"phase": "plan", **bench.planned_memory(), "preset": args.preset}), flush=True)
+    gap = float(bench.metrics["sampling/sampling_logp_difference/mean"]) if hasattr(bench, "metrics") else None
+    print(json.dumps({"phase": "check", "sampler_trainer_gap": gap, "preset": args.preset}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
