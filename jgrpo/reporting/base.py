@@ -7,6 +7,9 @@ from typing import Any
 from jgrpo.config import TrainConfig
 from jgrpo.reporting.diagnose import Watch
 
+FRESH = -1
+"""`first_step` of a run that continues nothing: not even a record of step 0 is kept."""
+
 
 @dataclass(frozen=True)
 class CompletionRow:
@@ -28,7 +31,7 @@ class Sink:
     """
 
     def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
-        """The run begins, or resumes after `first_step` finished steps; what is later than that is dropped."""
+        """The run begins (`FRESH`), or resumes after the step `first_step`; records of later steps are dropped."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of one finished step, evaluation's among them with the prefix `eval_`. Steps count from 1;
@@ -51,11 +54,13 @@ class Reporter:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = tuple(sinks)
         self._watch = Watch()
+        self._started: list[Sink] = []
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str] = (), first_step: int = 0) -> None:
+    def start(self, config: TrainConfig, plan_lines: Sequence[str] = (), first_step: int = FRESH) -> None:
         """See `Sink.start`."""
         for sink in self.sinks:
             sink.start(config, plan_lines, first_step)
+            self._started.append(sink)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Sink.log`. Values may be Python, NumPy or JAX scalars."""
@@ -76,8 +81,8 @@ class Reporter:
             sink.warn(text)
 
     def finish(self, summary: str = "") -> None:
-        """See `Sink.finish`."""
-        for sink in self.sinks:
+        """See `Sink.finish`; a sink that never started is left alone, so this may stand in a `finally`."""
+        for sink in self._started:
             sink.finish(summary)
 
 

@@ -75,9 +75,14 @@ def _parts(metrics: Mapping[str, float]) -> list[str]:
 
 def held_out(metrics: Mapping[str, float]) -> str:
     """The evaluation's main numbers, '' if this step had none."""
+    functions = sorted(n for n in metrics if n.startswith("eval_rewards/") and n.endswith("/mean"))
     names = [name for name in ("eval_accuracy", "eval_reward") if name in metrics]
-    names += sorted(n for n in metrics if n.startswith("eval_rewards/") and n.endswith("/mean"))
-    return "  ".join(f"{name.removeprefix('eval_')} {number(metrics[name])}" for name in names)
+    return "  ".join(_with_interval(metrics, name) for name in names + (functions if len(functions) > 1 else []))
+
+
+def _with_interval(metrics: Mapping[str, float], name: str) -> str:
+    interval = f" ± {metrics[name + '_ci95']:.2g}" if name + "_ci95" in metrics else ""
+    return f"{name.removeprefix('eval_')} {number(metrics[name])}{interval}"
 
 
 class Console(Sink):
@@ -97,11 +102,11 @@ class Console(Sink):
         self._print(_title(config), style="bold")
         for line in plan_lines:
             self._print(line)
-        if first_step:
+        if first_step > 0:
             self._print(f"resuming after step {first_step} of {self.total}")
         self._print(f"writing to {self.run_dir}")
         if self.console.is_terminal:
-            self._start_live(first_step)
+            self._start_live(max(first_step, 0))
 
     def _start_live(self, first_step: int) -> None:
         self.progress = Progress(

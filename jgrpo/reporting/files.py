@@ -90,7 +90,7 @@ class RunFiles(Sink):
         for step in logged_steps(self.run_dir):
             if step > first_step:
                 completions_path(self.run_dir, step).unlink()
-        self.last_step = first_step
+        self.last_step = max(first_step, 0)
         self._metrics = (self.run_dir / METRICS).open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

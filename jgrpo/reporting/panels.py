@@ -17,9 +17,8 @@ def panels(history: History) -> list[Chart]:
 
 def learning(history: History) -> list[Chart | None]:
     """Is it getting better?"""
-    held_out = lines(history, {"eval_accuracy": "accuracy", "eval_reward": "reward"}) + by_function(history, "eval_")
     return [
-        draw("Held-out", "Prompts that are never trained on.", held_out, smoothed=False),
+        draw("Held-out", "Prompts that are never trained on; band: 95 % interval.", held_out(history), smoothed=False),
         draw("Reward", "Mean over a step's completions; band: the spread within a prompt's group.", [reward(history)]),
         draw("Reward by function", "Mean of each function, before its weight.", by_function(history)),
         draw(
@@ -100,12 +99,25 @@ def by_function(history: History, prefix: str = "") -> list[Line]:
     return [column(history, name, name.removeprefix(start).removesuffix(end)) for name in names]
 
 
+def held_out(history: History) -> list[Line]:
+    """Accuracy and reward of the evaluations, and each function's mean if there are several."""
+    functions = by_function(history, "eval_")
+    main = [with_spread(history, f"eval_{name}", f"eval_{name}_ci95", name) for name in ("accuracy", "reward")]
+    return main + (functions if len(functions) > 1 else [])
+
+
 def reward(history: History) -> Line:
     """The reward with a band of one `reward_std`."""
-    line = column(history, "reward", "reward")
-    pairs = [(row["reward"], row.get("reward_std")) for row in history if "reward" in row]
-    spread = [None if r is None or s is None else (r - s, r + s) for r, s in pairs]
-    return replace(line, low=[s and s[0] for s in spread], high=[s and s[1] for s in spread])
+    return with_spread(history, "reward", "reward_std", "reward")
+
+
+def with_spread(history: History, name: str, spread: str, label: str) -> Line:
+    """A metric with a band of plus and minus another."""
+    rows = [row for row in history if name in row]
+    pairs = [(row[name], row.get(spread)) for row in rows]
+    low = [None if value is None or half is None else value - half for value, half in pairs]
+    high = [None if value is None or half is None else value + half for value, half in pairs]
+    return replace(column(rows, name, label), low=low, high=high)
 
 
 def lengths(history: History) -> Line:

@@ -23,7 +23,7 @@ class TensorBoard(Sink):
         from tensorboardX import SummaryWriter  # here: half a second that `--help` need not pay
 
         # purge_step makes TensorBoard forget what a killed run logged after its checkpoint.
-        purge = first_step + 1 if first_step else None
+        purge = first_step + 1 if first_step > 0 else None
         self.writer = SummaryWriter(str(self.directory), purge_step=purge, flush_secs=10)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -48,7 +48,7 @@ class WeightsAndBiases(Sink):
         """Start the W&B run, or continue it."""
         wandb = importlib.import_module("wandb")
         id_file = self.run_dir / "wandb_id"
-        if not (first_step and id_file.exists()):
+        if not (first_step > 0 and id_file.exists()):
             id_file.write_text(uuid.uuid4().hex)
         self.run = wandb.init(
             project=config.reporting.wandb_project,

@@ -35,7 +35,10 @@ def test_plain_lines_hold_the_progress(config: TrainConfig):
     reporter.start(config, ["base 0.4 MB"])
     for step, seconds in [(1, 30.0), (2, 2.0), (3, 4.0)]:
         time.now += seconds
-        reporter.log(step, metrics_of(step, 10) | ({"eval_accuracy": 0.25 * step} if step != 2 else {}))
+        reporter.log(
+            step,
+            metrics_of(step, 10) | ({"eval_accuracy": 0.25 * step, "eval_accuracy_ci95": 0.041} if step != 2 else {}),
+        )
     reporter.finish("3 steps")
     text = file.getvalue()
     assert "base 0.4 MB" in text
@@ -43,7 +46,7 @@ def test_plain_lines_hold_the_progress(config: TrainConfig):
     for part in ("reward 0.6193 ± 0.3", "length 40", "kl 0.003", "tokens/s 4,000", "memory 3 GB", "0:36 elapsed"):
         assert part in third
     assert "0:21 left" in third  # 7 more at (2 + 4) / 2 seconds; the first step compiled
-    assert "held-out, step 1: accuracy 0.25   step 3: accuracy 0.75" in text
+    assert "held-out, step 1: accuracy 0.25 ± 0.041   step 3: accuracy 0.75 ± 0.041" in text
     assert "runs/x/report.html" in text
     assert "\x1b" not in text
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jgrpo.config import TrainConfig
-from jgrpo.reporting import CompletionRow, Reporter, is_due
+from jgrpo.reporting import FRESH, CompletionRow, Reporter, is_due, make_reporter
 from jgrpo.reporting.files import RunFiles, completions_path, logged_steps, read_lines, read_metrics
 from tests.reporting.conftest import HOSTILE, metrics_of, rows_of
 
@@ -55,6 +55,20 @@ def test_resume_drops_what_will_be_repeated(config: TrainConfig, run: Callable[[
         reporter.log(step, metrics_of(step, 10) | ({"eval_accuracy": 0.5} if step == 10 else {}))
     reporter.finish()
     assert (run_dir / "metrics.jsonl").read_text().splitlines() == before
+
+
+def test_a_fresh_run_keeps_nothing_of_another(config: TrainConfig, run: Callable[[int], Path]):
+    run_dir = run(2)
+    before = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 0.1}\n' + before)
+    Reporter([RunFiles(run_dir)]).start(config, first_step=FRESH)
+    assert (run_dir / "metrics.jsonl").read_text() == ""
+    assert logged_steps(run_dir) == []
+
+
+def test_finish_without_start_touches_nothing(config: TrainConfig):
+    make_reporter(config).finish("stopped by an error")
+    assert [path.name for path in Path(config.run.output_dir).iterdir()] == ["config.yaml"]
 
 
 def test_completions_keep_everything_as_it_was(config: TrainConfig):

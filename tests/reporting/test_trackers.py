@@ -12,7 +12,7 @@ from tensorboardX.proto import event_pb2
 from jgrpo.cli import resolve_config
 from jgrpo.config import TrainConfig
 from jgrpo.errors import UserError
-from jgrpo.reporting import Reporter, make_reporter, memory_metrics
+from jgrpo.reporting import FRESH, Reporter, make_reporter, memory_metrics
 from jgrpo.reporting.trackers import TensorBoard, WeightsAndBiases
 
 
@@ -65,10 +65,10 @@ def test_wandb_gets_config_and_metrics_and_continues_its_run(config: TrainConfig
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for first_step in (0, 1, 0):
+    for first_step in (FRESH, 1, FRESH):
         reporter = Reporter([WeightsAndBiases(Path(config.run.output_dir))])
         reporter.start(config, first_step=first_step)
-        reporter.log(first_step + 1, {"reward": 0.5})
+        reporter.log(max(first_step, 0) + 1, {"reward": 0.5})
         reporter.finish()
     assert logged == [(1, {"reward": 0.5}), (2, {"reward": 0.5}), (1, {"reward": 0.5})]
     ids = [arguments["id"] for arguments in started]
