@@ -67,7 +67,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, split: Split = "train", see
         prompts, columns = _split_rows(rows, config.prompt_column)
     prompts = [_checked(prompt, number, config.prompt_column) for number, prompt in enumerate(prompts)]
     prompts = [_with_system_prompt(prompt, config.system_prompt) for prompt in prompts]
-    token_ids = _encode(prompts, tokenizer)
+    token_ids = encode_prompts(prompts, tokenizer)
     examples = [Example(*parts) for parts in zip(prompts, token_ids, columns, strict=True)]
     return _fit(examples, config)
 
@@ -151,7 +151,11 @@ def _with_system_prompt(prompt: str | list[dict[str, Any]], system: str | None) 
     return [{"role": "system", "content": system}, *messages]
 
 
-def _encode(prompts: list[Any], tokenizer: Any) -> list[list[int]]:
+def encode_prompts(prompts: Sequence[str | list[dict[str, Any]]], tokenizer: Any) -> list[list[int]]:
+    """Token ids of strings, taken as they are, and of lists of chat messages, through the chat template.
+
+    Raises `UserError` for messages without a chat template, or that the template refuses.
+    """
     # One call for all strings: a fast tokenizer encodes a batch in parallel.
     chats = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     if chats and not tokenizer.chat_template:

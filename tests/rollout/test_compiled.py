@@ -49,7 +49,7 @@ def loop_bodies(text: str) -> str:
         name = pending.pop()
         if name not in seen:
             seen.add(name)
-            pending += [n for n in re.findall(r"(?:body|calls|to_apply)=%([^\s,]+)", parts[name])]
+            pending += re.findall(r"(?:body|calls|to_apply)=%([^\s,]+)", parts[name])
     return "\n".join(parts[name] for name in sorted(seen))
 
 
