@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jgrpo.algorithms import objective_from_config
 from jgrpo.checkpoints.adapter import export_adapter
+from jgrpo.checkpoints.hf import load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
 from jgrpo.config import TrainConfig
 from jgrpo.data import Cursor, Example, take
@@ -31,7 +32,7 @@ from jgrpo.training.experience import Experience, advantages_of, completion_rows
 from jgrpo.training.guards import CompileCounter, StopSignals, check_finite, check_first_rollout
 from jgrpo.training.optimizer import make_optimizer
 from jgrpo.training.policy import Policy, load_policy
-from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, claim_directory
+from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, check_directory, claim_directory
 from jgrpo.training.state import Batch, TrainState
 from jgrpo.training.step import grpo_step
 from jgrpo.training.task import RewardFunctions, Task, load_task
@@ -61,9 +62,13 @@ def train(config: TrainConfig, reward_functions: RewardFunctions = ()) -> TrainS
         Stopped: SIGTERM or SIGINT came; everything is saved.
     """
     with StopSignals() as signals:
-        policy = load_policy(config.model, config.quantization, config.lora)
-        task = load_task(config, policy, reward_functions)
-        config = claim_directory(config)
+        config = check_directory(config)
+        # Everything that can be wrong is looked at before the weights, which take longest.
+        path = resolve_checkpoint(config.model.model, config.model.revision)
+        tokenizer, context = load_tokenizer(path), load_model_config(path).max_position_embeddings
+        task = load_task(config, tokenizer, context, reward_functions)
+        policy = load_policy(config.model, config.quantization, config.lora, tokenizer)
+        claim_directory(config)
         run = Run(config, policy, task, signals)
         try:
             return run.train()

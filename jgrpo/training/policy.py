@@ -61,18 +61,19 @@ class Policy:
         )
 
 
-def load_policy(settings: ModelSettings, quantization: QuantizationConfig, lora: LoraConfig) -> Policy:
-    """Load a checkpoint, quantizing while it streams in.
+def load_policy(
+    settings: ModelSettings, quantization: QuantizationConfig, lora: LoraConfig, tokenizer: Any = None
+) -> Policy:
+    """Load a checkpoint, quantizing while it streams in; `tokenizer` saves loading it again.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of an unsupported kind.
     """
     path = resolve_checkpoint(settings.model, settings.revision)
-    model_config = load_model_config(path)
-    dtype = compute_dtype(settings)
-    tokenizer = load_tokenizer(path)
-    base = load_base(path, model_config, quantization, dtype)
-    return Policy(Transformer(model_config, lora, dtype), base, tokenizer, eos_ids(path, tokenizer))
+    model = Transformer(load_model_config(path), lora, compute_dtype(settings))
+    tokenizer = tokenizer or load_tokenizer(path)
+    base = load_base(path, model.config, quantization, model.dtype)
+    return Policy(model, base, tokenizer, eos_ids(path, tokenizer))
 
 
 def compute_dtype(settings: ModelSettings) -> Any:

@@ -1,6 +1,7 @@
 """Claiming the directory of a run: a new one must be unused, a resumed one must hold the same settings."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from jgrpo.cli import load_config, save_config
@@ -11,8 +12,8 @@ from jgrpo.validation import check_resume, with_output_dir
 CONFIG, CHECKPOINTS, ADAPTER = "config.yaml", "checkpoints", "adapter"
 
 
-def claim_directory(config: TrainConfig) -> TrainConfig:
-    """The configuration with its output directory, which now exists and holds `config.yaml`.
+def check_directory(config: TrainConfig) -> TrainConfig:
+    """The configuration with its output directory's name filled in; writes nothing.
 
     Raises:
         UserError: the directory cannot be written, is in use, or (resuming) is not a run's or has other settings.
@@ -27,7 +28,11 @@ def _started(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"output_dir {directory} is not empty: give another one, or --resume to continue the run that is in it"
         )
-    _write_config(config, directory)
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UserError(
+            f"output_dir {directory} cannot be made: {existing} is not a writable directory; give another one"
+        )
     return config
 
 
@@ -38,11 +43,16 @@ def _resumed(config: TrainConfig) -> TrainConfig:
     if not (directory / CONFIG).is_file():
         raise UserError(f"--resume: {directory} holds no {CONFIG}, so there is no run to continue in it")
     check_resume(load_config(directory / CONFIG), config)
-    _write_config(config, directory)
     return config
 
 
-def _write_config(config: TrainConfig, directory: Path) -> None:
+def claim_directory(config: TrainConfig) -> None:
+    """Make the directory and write `config.yaml` into it.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    directory = Path(config.run.output_dir)
     # `resume` is a way of starting, not a property of the run.
     saved = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
     try:

@@ -8,7 +8,6 @@ from jgrpo.config import TrainConfig
 from jgrpo.data import Example, PromptDataset, check_context, find_task, has_held_out, load_prompts
 from jgrpo.errors import UserError
 from jgrpo.rewards import NamedReward, named_rewards, resolve_rewards
-from jgrpo.training.policy import Policy
 
 RewardFunctions = Sequence[Callable[..., Any]]
 
@@ -39,20 +38,19 @@ class Task:
         return [f"data: {prompts}, {held_out}", f"rewards: {', '.join(self.reward_names)}"]
 
 
-def load_task(config: TrainConfig, policy: Policy, reward_functions: RewardFunctions = ()) -> Task:
-    """Read the prompts and resolve the rewards.
+def load_task(config: TrainConfig, tokenizer: Any, context: int, reward_functions: RewardFunctions = ()) -> Task:
+    """Read the prompts and resolve the rewards; `context` is the model's number of positions.
 
     Raises:
         UserError: bad data, unknown rewards, or prompts and completions that exceed the model's context.
     """
-    context = policy.model.config.max_position_embeddings
     check_context(config.data.max_prompt_length, config.rollout.max_completion_length, context)
     rewards = load_rewards(config, reward_functions)
-    prompts = load_prompts(config.data, policy.tokenizer, "train", config.training.seed)
-    return Task(prompts, load_held_out(config, policy), tuple(rewards))
+    prompts = load_prompts(config.data, tokenizer, "train", config.training.seed)
+    return Task(prompts, load_held_out(config, tokenizer), tuple(rewards))
 
 
-def load_held_out(config: TrainConfig, policy: Policy) -> tuple[Example, ...] | None:
+def load_held_out(config: TrainConfig, tokenizer: Any) -> tuple[Example, ...] | None:
     """The first `eval_prompts` held-out prompts; None if evaluation is off or the data has none of its own.
 
     Raises:
@@ -60,7 +58,7 @@ def load_held_out(config: TrainConfig, policy: Policy) -> tuple[Example, ...] | 
     """
     if config.evaluation.eval_every == 0 or not has_held_out(config.data):
         return None
-    dataset = load_prompts(config.data, policy.tokenizer, "test", config.training.seed)
+    dataset = load_prompts(config.data, tokenizer, "test", config.training.seed)
     return dataset.examples[: config.evaluation.eval_prompts]
 
 
