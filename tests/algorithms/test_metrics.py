@@ -60,8 +60,8 @@ def test_completion_metrics():
 
 
 MASK = np.array([[True, True, False], [True, False, False], [False, False, False], [True, True, True]])
-LOW = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
-HIGH = np.array([[0, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, 0]], bool)
+LOW = np.array([[1, 0, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]], bool)
+HIGH = np.array([[0, 1, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
 
 
 def test_policy_metrics():
@@ -80,11 +80,11 @@ def test_policy_metrics():
         {
             "kl": values[MASK].mean(),
             "entropy": 2 * values[MASK].mean(),
-            "clip_ratio/low_mean": 3 / 6,
-            "clip_ratio/low_min": 0.0,
+            "clip_ratio/low_mean": 4 / 6,
+            "clip_ratio/low_min": 0.5,
             "clip_ratio/high_mean": 2 / 6,
-            "clip_ratio/high_max": 1.0,
-            "clip_ratio/region_mean": 5 / 6,
+            "clip_ratio/high_max": 0.5,
+            "clip_ratio/region_mean": 1.0,
             "sampling/sampling_logp_difference/mean": 0.6 / 6,
             "sampling/sampling_logp_difference/max": 0.3,
             "sampling/importance_sampling_ratio/min": rho.min(),

@@ -218,6 +218,18 @@ def test_first_step_has_ratio_one_exactly_and_the_terms_say_so():
     assert not terms["clipped_high"].any()
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_old_policy_carries_no_gradient_even_if_it_is_the_same_array(kind):
+    batch = oracle.random_batch(9)
+    objective = make(loss_type=kind)
+    positional, _ = inputs(batch, objective)
+    ell = jnp.asarray(batch.ell)
+    fixed = jax.grad(lambda x: policy_loss(x, ell, *positional[1:], objective)[0])(ell)
+    same = jax.grad(lambda x: policy_loss(x, x, *positional[1:], objective)[0])(ell)
+    np.testing.assert_array_equal(same, fixed)
+    assert np.abs(np.asarray(fixed)).max() > 1e-3
+
+
 def test_terms_carry_no_gradient_and_optional_ones_are_absent():
     batch = oracle.random_batch(10)
     objective = make()
