@@ -80,8 +80,8 @@ def bounds(lines: Sequence[Line]) -> tuple[float, float] | None:
     if 0 <= low < 0.5 * high:
         low = 0.0
     if high - low < 1e-9 * max(abs(high), abs(low)) or high == low:
-        margin = abs(high) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        margin = abs(high) * 0.1
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
     return low, high
 
 
@@ -118,12 +118,13 @@ def smooth(values: Sequence[Value], window: int) -> list[Value]:
 
 
 def draw(title: str, note: str, lines: Sequence[Line], unit: str = "", smoothed: bool = True) -> Chart | None:
-    """A chart of some curves over training steps; None if they hold no number. unit: "" or "bytes"."""
+    """A chart of some curves over training steps; None if they hold no number. unit: "" or "bytes" (from 0)."""
     lines = [decimate(line) for line in lines if finite(line.y)]
     limits = bounds(lines)
     if limits is None:
         return None
-    y_values = nice_ticks(*limits)
+    low, high = (0.0, limits[1]) if unit == "bytes" else limits
+    y_values = nice_ticks(low, high)
     steps = [step for line in lines for step in line.x]
     frame = Frame(min(steps), max(steps), y_values[0], y_values[-1])
     form = size if unit == "bytes" else number

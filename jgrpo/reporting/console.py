@@ -113,6 +113,7 @@ class Console(Sink):
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
             TimeElapsedColumn(),
+            TextColumn("elapsed,"),
             TextColumn("{task.fields[left]}"),
             console=self.console,
             expand=True,
@@ -179,7 +180,7 @@ def completions_table(step: int, rows: Sequence[CompletionRow]) -> Table:
         rewards = "\n".join(f"{number(value)} {name}" for name, value in row.rewards.items())
         table.add_row(
             Text(printable(row.prompt, max_lines=6, max_chars=300)),
-            Text(printable(row.completion)),
+            Text(printable(row.completion) or "(empty)"),
             Text(rewards),
             Text(f"{row.advantage:+.3f}"),
         )

@@ -80,6 +80,12 @@ def test_a_constant_is_drawn_inside_the_plot(constant: float):
     assert all(TOP <= y <= HEIGHT - BOTTOM for _, y in piece)
 
 
+def test_bytes_start_at_zero():
+    chart = draw("t", "", [Line("a", [1, 2], [9.9e9, 1.0e10])], unit="bytes")
+    assert chart is not None
+    assert [label for _, label in chart.y_ticks] == ["0 B", "2.5 GB", "5 GB", "7.5 GB", "10 GB"]
+
+
 def test_reduction_keeps_means_extremes_and_the_last_step():
     steps = list(range(1, 5001))
     spike = [100.0 if step == 2500 else 1.0 for step in steps]
