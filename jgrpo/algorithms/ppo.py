@@ -65,7 +65,10 @@ def clipped_value_loss(
     *,
     clip: float = 0.2,
 ) -> Float[Array, "*S C"]:
-    """Per-token value loss that does not reward leaving V_old ± clip (PPO2 of OpenAI baselines)."""
+    """Per-token value loss that does not reward leaving V_old ± clip (PPO2 of OpenAI baselines).
+
+    Aggregated like the policy loss and added to it with a coefficient (0.1 in TRL).
+    """
     near = old_values + jnp.clip(values - old_values, -clip, clip)
     # ½ max( (V − R)², (clip(V, V_old ± c) − R)² )
     return 0.5 * jnp.maximum((values - returns) ** 2, (near - returns) ** 2)

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jgrpo.algorithms import objective_from_config, policy_loss
 from jgrpo.algorithms.ppo import clipped_value_loss, gae, token_rewards, whiten
+from jgrpo.config import AlgorithmConfig
 from tests.algorithms import oracle
 
 
@@ -72,3 +74,14 @@ def test_value_loss_equals_the_formula_and_its_gradient_stops_at_the_clip():
     np.testing.assert_allclose(clipped_value_loss(*arrays, clip=0.2), expected, rtol=1e-12)
     gradient = jax.grad(lambda v: clipped_value_loss(v, *arrays[1:], clip=0.2).sum())(arrays[0])
     np.testing.assert_allclose(gradient, [-0.5, 0.0, 1.0, -6.0], rtol=1e-12)
+
+
+def test_the_policy_loss_takes_an_advantage_for_each_token():
+    batch = oracle.random_batch(4)
+    advantages, _ = gae(*map(jnp.asarray, (batch.ref, batch.entropy, batch.mask)))
+    objective = objective_from_config(AlgorithmConfig(aggregation="bnpo"))
+    mask = jnp.asarray(batch.mask)
+    weights = objective.aggregation(mask, mask.shape[-1], None)
+    ell = jnp.asarray(batch.ell)
+    gradient = jax.grad(lambda x: policy_loss(x, ell, advantages, mask, weights, objective)[0])(ell)
+    np.testing.assert_allclose(gradient, -weights * advantages, rtol=1e-12)
