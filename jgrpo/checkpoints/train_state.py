@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jgrpo.errors import UserError
@@ -74,8 +76,9 @@ class Checkpoints:
         """The newest checkpoint as (lora, rest, meta).
 
         Args:
-            lora, rest: pytrees of arrays or `jax.ShapeDtypeStruct` with the shapes to expect. A leaf with a sharding
-                is restored to it, any other leaf to the first device.
+            lora, rest: pytrees of arrays or `jax.ShapeDtypeStruct` with the shapes to expect. A leaf that is placed (a
+                committed array, or a struct with a sharding) is restored to that place, any other to the default
+                device without being bound to it, so that programs compiled for a fresh state serve a restored one.
 
         Raises:
             UserError: there is no complete checkpoint.
@@ -87,7 +90,8 @@ class Checkpoints:
             meta=ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=items)
-        return restored["lora"], restored["rest"], restored["meta"]
+        lora, rest = jax.tree.map(_unbind, (lora, rest), (restored["lora"], restored["rest"]))
+        return lora, rest, restored["meta"]
 
     def meta(self) -> dict[str, Any]:
         """The JSON part of the newest checkpoint.
@@ -127,14 +131,26 @@ def load_adapter(directory: Path) -> tuple[int, Mapping[str, Any]]:
         return step, checkpointer.restore(path, _targets(saved))
 
 
+def _place(leaf: Any) -> Any:
+    """The sharding that a leaf is bound to, if any."""
+    is_bound = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "committed", False)
+    return leaf.sharding if is_bound else None
+
+
 def _targets(tree: Any) -> Any:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_place(leaf) or default), tree
+    )
 
-    def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct | jax.Array) else None
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or here)
 
-    return jax.tree.map(target, tree)
+def _unbind(wanted: Any, restored: jax.Array) -> jax.Array:
+    if _place(wanted) is not None:
+        return restored
+    if jax.dtypes.issubdtype(restored.dtype, jax.dtypes.prng_key):
+        data = jnp.asarray(np.asarray(jax.random.key_data(restored)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(restored))
+    return jnp.asarray(np.asarray(restored))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from jgrpo.checkpoints.train_state import Checkpoints
 from jgrpo.config import TrainConfig
 from jgrpo.data import Cursor, Example, take
 from jgrpo.lora import init_lora
-from jgrpo.reporting import Reporter, is_due, make_reporter, memory_metrics
+from jgrpo.reporting import FRESH, Reporter, is_due, make_reporter, memory_metrics
 from jgrpo.rollout import Rollout
 from jgrpo.training import evaluation
 from jgrpo.training.experience import Experience, advantages_of, completion_rows, host_metrics, judge, weights_of
@@ -37,8 +37,6 @@ from jgrpo.training.state import Batch, TrainState
 from jgrpo.training.step import grpo_step
 from jgrpo.training.task import RewardFunctions, Task, load_task
 
-NOTHING = -1
-"""Last step whose log lines a run without a checkpoint keeps: none, not even the evaluation of step 0."""
 WARM_STEPS = 2
 """Steps of a process that may compile."""
 
@@ -103,7 +101,7 @@ class Run:
     def train(self) -> TrainState:
         """Every step that is left, then the exports."""
         restored = self._restore()
-        self.reporter.start(self.config, self._plan(), NOTHING if restored is None else restored)
+        self.reporter.start(self.config, self._plan(), FRESH if restored is None else restored)
         if restored is None:
             self._before_training()
         try:
