@@ -21,6 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+from profiling import format_table, traced
 from shapes import PRESETS, linear_parameters, random_base
 
 from jgrpo.config import LoraConfig, TrainConfig
@@ -51,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
     parser.add_argument("--phases", default="rollout,update,step", help="which to time (default %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="kernel table of one more run of each phase")
     parser.add_argument("--memory-analysis", action="store_true", help="also what XLA plans for the update's program")
     parser.add_argument("--peak-tflops", type=float, help="for the utilisation; default: by the device's name")
     return parser.parse_args()
@@ -194,12 +196,18 @@ def main() -> None:
     jax.block_until_ready(bench.base)
     base_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(bench.base))
     setting = {
-        name: value for name, value in vars(args).items() if name not in ("phases", "peak_tflops", "memory_analysis")
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("phases", "peak_tflops", "memory_analysis", "profile")
     }
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "base_bytes": base_bytes, **setting}
     print(json.dumps({"phase": "setup", **about, **memory()}), flush=True)
     for phase in args.phases.split(","):
         print(json.dumps({**measure(bench, phase), "preset": args.preset}), flush=True)
+        if args.profile:
+            with traced() as table:
+                getattr(bench, phase)()
+            print(format_table(table()), flush=True)
     if args.memory_analysis:
         print(json.dumps({"phase": "plan", **bench.planned_memory(), "preset": args.preset}), flush=True)
     gap = float(bench.metrics["sampling/sampling_logp_difference/mean"]) if hasattr(bench, "metrics") else None
