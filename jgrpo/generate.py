@@ -84,15 +84,18 @@ def generate(
     """
     if isinstance(prompts, str):
         raise UserError("prompts is a single string; expected a list of prompts: put it in brackets")
+    if not prompts:
+        return []
     if isinstance(model, LoadedModel) and adapter is not None:
         raise UserError("adapter is given for a model that is loaded already; give it to jgrpo.generate.load instead")
     config = RolloutConfig(
         num_generations, max_completion_length, temperature, top_k, top_p, min_p, tuple(stop_token_ids)
     )
     _check(config)
+    _check_counts(num_generations, batch_size)
     policy, lora = model if isinstance(model, LoadedModel) else load(model, adapter)
     examples, width = _prepare(policy, prompts, config)
-    size = max(1, min(batch_size, len(examples)))
+    size = min(batch_size, len(examples))
     texts: list[list[str]] = []
     for number, start in enumerate(range(0, len(examples), size)):
         chosen = examples[start : start + size]
@@ -143,8 +146,12 @@ def _check(config: RolloutConfig) -> None:
     limits = {"max_completion_length": config.max_completion_length, "top_k": config.top_k}
     # In evaluation, as here, temperature 0 is greedy; in training it would have no gradient.
     check_ranges({**limits, "top_p": config.top_p, "min_p": config.min_p, "eval_temperature": config.temperature})
-    if config.num_generations < 1:
-        raise UserError(f"num_generations is {config.num_generations}: expected at least 1")
+
+
+def _check_counts(num_generations: int, batch_size: int) -> None:
+    for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}: expected at least 1")
 
 
 def _prepare(policy: Policy, prompts: Sequence[Prompt], config: RolloutConfig) -> tuple[list[Example], int]:
@@ -152,7 +159,7 @@ def _prepare(policy: Policy, prompts: Sequence[Prompt], config: RolloutConfig) -
     examples = [
         Example(prompt, ids, {}) for prompt, ids in zip(prompts, encode_prompts(prompts, policy.tokenizer), strict=True)
     ]
-    longest = max((len(example.token_ids) for example in examples), default=1)
+    longest = max(len(example.token_ids) for example in examples)
     if empty := [number for number, example in enumerate(examples) if not example.token_ids]:
         raise UserError(f"prompt {empty[0]} has no tokens; expected at least one")
     check_context(longest, config.max_completion_length, policy.model.config.max_position_embeddings)
@@ -160,19 +167,17 @@ def _prepare(policy: Policy, prompts: Sequence[Prompt], config: RolloutConfig) -
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """One completion, streamed to the terminal."""
+class PromptSettings:
+    """What stands around the prompt."""
 
-    prompt: str
-    """What to complete; "-" reads it from standard input."""
-    run: str | None = None
-    """Directory of a training run: its model, settings and newest adapter."""
-    adapter: str | None = None
-    """Directory of a PEFT adapter for the model."""
     system_prompt: str | None = None
     """System message put before the prompt (needs a chat template)."""
-    plain: bool = False
-    """Take the prompt as plain text although the tokenizer has a chat template."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Sampling of the completion."""
+
     max_completion_length: int = 512
     """New tokens at most."""
     temperature: float = 1.0
@@ -185,10 +190,33 @@ class GenerateConfig:
     """Keep tokens with at least this fraction of the most likely token's probability; 0: all."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the completion besides the model's own."""
+
+
+@dataclass(frozen=True)
+class SeedSettings:
+    """Randomness."""
+
     seed: int = 0
     """The same seed gives the same completion."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One completion, streamed to the terminal. Sections are parts of `TrainConfig`'s, so that a run's settings apply."""
+
+    prompt: str
+    """What to complete, as a user message if the tokenizer has a chat template; "-" reads it from standard input."""
+    run: str | None = None
+    """Directory of a training run: its model, settings and newest adapter."""
+    adapter: str | None = None
+    """Directory of a PEFT adapter for the model."""
+    plain: bool = False
+    """Take the prompt as plain text although the tokenizer has a chat template."""
     model: ModelSettings = field(default_factory=ModelSettings)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    data: PromptSettings = field(default_factory=PromptSettings)
+    rollout: SamplingSettings = field(default_factory=SamplingSettings)
+    training: SeedSettings = field(default_factory=SeedSettings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,17 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if settings.run is not None and settings.adapter is not None:
         raise UserError("--run and --adapter name two adapters; give one of them")
-    config = RolloutConfig(
-        max_completion_length=settings.max_completion_length,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        stop_token_ids=settings.stop_token_ids,
-    )
+    config = RolloutConfig(**vars(settings.rollout))
     loaded = _load(settings.model, settings.quantization, settings.adapter, settings.run)
     prompt = _terminal_prompt(settings, bool(loaded.policy.tokenizer.chat_template))
-    for piece in stream_text(loaded, prompt, config, settings.seed):
+    for piece in stream_text(loaded, prompt, config, settings.training.seed):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -217,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _terminal_prompt(settings: GenerateConfig, has_template: bool) -> Prompt:
     """The prompt as a user message if the tokenizer has a chat template, as `jgrpo.data` asks a built-in task."""
     text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
-    system = [] if settings.system_prompt is None else [{"role": "system", "content": settings.system_prompt}]
+    instructions = settings.data.system_prompt
+    system = [] if instructions is None else [{"role": "system", "content": instructions}]
     if settings.plain and system:
         raise UserError("--plain leaves no place for --system-prompt; give one of them")
     as_chat = (has_template or system) and not settings.plain

@@ -151,7 +151,7 @@ def chunking(max_completion_length: int, max_chunk: int = MAX_CHUNK) -> tuple[in
     return -(-max_completion_length // count), count
 
 
-def row_uniforms(key: PRNGKeyArray, rows: tuple[int, int], tokens: int) -> Float32[Array, "tokens Q G"]:
+def row_uniforms(key: PRNGKeyArray, rows: tuple[int, ...], tokens: int) -> Float32[Array, "tokens Q G"]:
     """One number in [0, 1) for each token of each row, every row with its own key."""
     keys = jax.random.split(key, rows)
     per_row = jax.vmap(jax.vmap(lambda row: jax.random.uniform(row, (tokens,))))(keys)
@@ -162,7 +162,7 @@ def prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, slots: i
     """Run every prompt once, for its whole group, and leave room for `slots` more tokens of each row."""
     group = setup.config.num_generations
     variables = {"params": base, "lora": lora}
-    hidden, prompt_kv = setup.model.apply(variables, prompts.tokens, prompts.lengths, method="prefill")
+    hidden, prompt_kv = _apply(setup, "prefill", variables, prompts.tokens, prompts.lengths)
     return DecodeState(
         cache=KVCache.create(prompt_kv, prompts.lengths, group, slots),
         hidden=jnp.repeat(hidden[:, None], group, axis=1),
@@ -177,9 +177,9 @@ def decode_chunk(
     variables = {"params": base, "lora": adapter}
 
     def step(state: DecodeState, uniform: Float32[Array, "Q G"]) -> tuple[DecodeState, Recorded]:
-        logits = setup.model.apply(variables, state.hidden, method="logits")
+        logits = _apply(setup, "logits", variables, state.hidden)
         recorded, done = _record(setup, state, _draw(setup.config, logits, uniform))
-        hidden, cache = setup.model.apply(variables, recorded.token, state.cache, method="decode")
+        hidden, cache = _apply(setup, "decode", variables, recorded.token, state.cache)
         return DecodeState(cache, hidden, done), recorded
 
     return lax.scan(step, state, uniforms)
@@ -195,6 +195,10 @@ def _jit_chunk(
     return decode_chunk(
         setup, base, fuse(lora, setup.model.config, setup.model.lora.scale, setup.model.dtype), state, uniforms
     )
+
+
+def _apply(setup: Setup, method: str, variables: Params, *args: Any) -> Any:
+    return setup.model.apply(variables, *args, method=method)
 
 
 def _draw(config: RolloutConfig, logits: Float32[Array, "Q G V"], uniform: Float32[Array, "Q G"]) -> Draw:
