@@ -4,6 +4,7 @@ The rows of a group share their prompt's keys and values, so a kernel reads them
 G * H/K rows. The softmax runs over prompt and suffix together; where they are computed apart they are merged in float32.
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, reference
@@ -38,6 +39,7 @@ def decode_attention(
       ValueError: shapes do not fit, or the named implementation cannot run here.
     """
     _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v)
+    layer, length = (i if isinstance(i, int) else jnp.asarray(i, jnp.int32) for i in (layer, length))
     device, head_dim = dispatch.current_device(), q.shape[-1]
     static_window = window is None or isinstance(window, int)
     chosen = dispatch.resolve(

@@ -11,8 +11,6 @@ Each leaves float32 (max, sum, weighted values) in base 2; a second small kernel
 2023). A part with nothing to see leaves max = -inf, and the merge does not read its values.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import triton
@@ -238,7 +236,6 @@ def grid(constants: dict) -> tuple[int]:
     return (constants["Q"] * constants["KV"] * (prompt_programs + suffix_programs),)
 
 
-@partial(jax.named_call, name="decode_attention")
 def decode_attention(
     q,
     prompt_k,

@@ -17,8 +17,6 @@ Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float
 them (fused into the consumer); the first split adds the LoRA product.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import triton
@@ -191,7 +189,6 @@ def grid(m: int, n: int, config: tuning.Int4Config) -> tuple[int, int, int]:
     return triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n), config.split_k
 
 
-@partial(jax.named_call, name="int4_matmul")
 def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
     """Launch the kernel; the arguments are those of `pallas_kernels.int4_matmul`, `config` overrides the tuned blocks."""
     import jax_triton

@@ -1,0 +1,392 @@
+"""Measure block sizes of the kernels on this GPU and write pallas_kernels/tuned/<device>.json.
+
+    python scripts/autotune.py [--op int4_matmul|decode_attention] [--rows 16 64] [--shapes qwen2.5-1.5b llama-3.1-8b]
+        [--output FILE] [--time-limit SECONDS]
+
+Kernels are launched on torch tensors (as the tests do) and replayed from a CUDA graph that walks through a stack of
+layers larger than the L2 cache, so the times are those of a decoding loop without its host. Compilation runs in
+parallel processes first, into Triton's cache. Every configuration is checked against a plain product before it is timed.
+Splits of K leave partial sums that XLA adds inside the consumer; reading them is charged at 3 TB/s.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes and configurations are JAX's business here
+
+import torch
+import triton
+import triton.language as tl
+
+from pallas_kernels import decode_attention_triton, int4_matmul_triton, tuning
+from pallas_kernels.tuning import AttentionConfig, Int4Config
+
+# Output and input widths of the linear layers: (N, K).
+SHAPES = {
+    "qwen2.5-1.5b": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
+    "llama-3.2-3b": [(5120, 3072), (3072, 3072), (16384, 3072), (3072, 8192)],
+    "llama-3.1-8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+}
+# Query heads, kv heads, head_dim.
+HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
+GROUP, RANK = 64, 32
+CACHE_BYTES = 256 * 2**20
+PARTIAL_SUM_BYTES_PER_US = 3e6
+
+
+def int4_candidates(m: int, n: int, k: int) -> list[Int4Config]:
+    """Blocks worth trying: x in one tile of rows where registers allow, enough programs to fill the GPU."""
+    block_m = min(max(16, triton.next_power_of_2(m)), 256)
+    found = []
+    for swap in (False, True):
+        rows = {16, 32} if not swap else {block_m, block_m // 2}
+        for bm, bn, bk, warps, stages in itertools.product(
+            sorted({min(row, block_m) for row in rows if row >= 16}),
+            (64, 128, 256),
+            (64, 128, 256),
+            (4, 8),
+            (2, 3, 4, 5),
+        ):
+            tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
+            shared = (stages if swap else stages - 1) * (bn * bk // 2 + bm * bk * 2)
+            accumulators = bm * bn // (32 * warps)
+            if shared > 200_000 or accumulators > 128 or k % bk or bn * bk > 128 * 256 * (warps // 4):
+                continue
+            if (swap and bn < 16 * warps) or (not swap and (bm > 32 or bn < 8 * warps)) or (m > 64 and bm < 64):
+                continue
+            splits = [s for s in (1, 2, 3, 4, 6, 8, 12, 16) if s == 1 or s <= k // bk // 2]
+            busy = [s for s in splits if 0.7 * 132 <= tiles * s <= 4.5 * 132 or (s == 1 and tiles >= 132)]
+            found.extend(Int4Config(bm, bn, bk, s, swap, warps, stages) for s in busy)
+    return found
+
+
+def int4_inputs(m: int, n: int, k: int) -> dict:
+    """A stack of layers larger than the cache, with random nibbles."""
+    layers = max(2, min(64, CACHE_BYTES // (n * k // 2)))
+    cuda = {"device": "cuda"}
+    return {
+        "x": torch.randn(m, k, dtype=torch.bfloat16, **cuda),
+        "packed": torch.randint(0, 256, (layers, n, k // 2), dtype=torch.uint8, **cuda),
+        "scales": (torch.rand(layers, n, k // GROUP, **cuda) * 0.02 + 0.01).bfloat16(),
+        "index": torch.arange(layers, dtype=torch.int32, **cuda).repeat_interleave(4).reshape(layers, 4).contiguous(),
+        "xa": torch.randn(m, RANK, dtype=torch.bfloat16, **cuda),
+        "b": torch.randn(layers, n, RANK, dtype=torch.bfloat16, **cuda) * 0.1,
+    }
+
+
+def int4_constants(m: int, n: int, k: int, config: Int4Config) -> dict:
+    """Everything but the tensors."""
+    return {
+        "B_STACKED": True,
+        "LAYER_IS_POINTER": True,
+        "PTX": True,
+        "DTYPE": tl.bfloat16,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        **int4_matmul_triton.kernel_constants(m, n, k, GROUP, RANK, config),
+    }
+
+
+def int4_compile(m: int, n: int, k: int, config: Int4Config) -> None:
+    """Fill Triton's cache with one kernel."""
+    out = torch.bfloat16 if config.split_k == 1 else torch.float32
+    types = [torch.bfloat16, torch.uint8, torch.bfloat16, torch.int32, torch.bfloat16, torch.bfloat16, out]
+    int4_matmul_triton.int4_matmul_kernel.warmup(*types, grid=(1,), **int4_constants(m, n, k, config))
+
+
+def int4_launch(inputs: dict, out, m: int, n: int, k: int, config: Int4Config, layer: int) -> None:
+    """One layer's product."""
+    int4_matmul_triton.int4_matmul_kernel[int4_matmul_triton.grid(m, n, config)](
+        inputs["x"],
+        inputs["packed"],
+        inputs["scales"],
+        inputs["index"][layer],
+        inputs["xa"],
+        inputs["b"],
+        out,
+        **int4_constants(m, n, k, config),
+    )
+
+
+def int4_expected(inputs: dict, layer: int, swap: bool):
+    """The product in float32 from the definition of the format."""
+    packed, scales, x = inputs["packed"][layer], inputs["scales"][layer].float(), inputs["x"].float()
+    n, groups = scales.shape
+    halves = packed.reshape(n, groups, -1)
+    nibbles = torch.cat([halves & 15, halves >> 4], -1).float() - 8
+    weight = (nibbles * scales[..., None]).reshape(n, -1)
+    if swap:  # the kernel wants x's columns permuted; undo that for the plain product
+        m, k = x.shape
+        x = x.reshape(m, k // 16, 2, 4, 2).transpose(2, 3).reshape(m, k)
+    return x @ weight.T + inputs["xa"].float() @ inputs["b"][layer].float().T
+
+
+def check(out, expected) -> float:
+    """Relative error of partial sums or a result."""
+    total = out.float().sum(0) if out.ndim > expected.ndim else out.float()
+    return float((total - expected).norm() / expected.norm())
+
+
+def graph_time(launch, layers: int, repeats: int = 5) -> float:
+    """Microseconds a launch, replayed from a CUDA graph over all layers; median of `repeats`."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        launch(0)
+        graph = torch.cuda.CUDAGraph()
+        count = layers * max(1, 40 // layers)
+        with torch.cuda.graph(graph, stream=stream):
+            for step in range(count):
+                launch(step % layers)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    return sorted(times)[repeats // 2]
+
+
+def tune_int4(m: int, n: int, k: int, candidates: list[Int4Config], report) -> tuple[float, Int4Config] | None:
+    """The fastest candidate that is also right."""
+    inputs = int4_inputs(m, n, k)
+    layers, best = inputs["packed"].shape[0], None
+    expected = {swap: int4_expected(inputs, 1, swap) for swap in (False, True)}
+    for config in candidates:
+        shape, dtype = ((m, n), torch.bfloat16) if config.split_k == 1 else ((config.split_k, m, n), torch.float32)
+        out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+        launch = lambda layer, config=config, out=out: int4_launch(inputs, out, m, n, k, config, layer)  # noqa: E731
+        try:
+            launch(1)
+        except triton.runtime.errors.OutOfResources as error:
+            report({"m": m, "n": n, "k": k, "config": vars(config), "error": str(error)})
+            continue
+        error = check(out, expected[config.swap])
+        if not error < 1e-2:
+            report({"m": m, "n": n, "k": k, "config": vars(config), "error": f"wrong by {error}"})
+            continue
+        us = graph_time(launch, layers)
+        total = us + (0 if config.split_k == 1 else (4 * config.split_k - 2) * m * n / PARTIAL_SUM_BYTES_PER_US)
+        report({"m": m, "n": n, "k": k, "config": vars(config), "us": us, "total": total, "relative_error": error})
+        best = min(best, (total, config), key=lambda pair: pair[0]) if best else (total, config)
+    return best
+
+
+def attention_candidates(rows: int, prompts: int) -> list[AttentionConfig]:
+    """Block sizes and splits that give between one and sixteen programs a multiprocessor."""
+    found = []
+    for block, prompt_rows, suffix, prompt, warps, stages in itertools.product(
+        (32, 64, 128), (16, 32, 64), (1, 2, 4, 8, 16), (1, 2, 4), (2, 4), (2, 3, 4)
+    ):
+        programs = rows * suffix
+        if not 132 <= programs <= 16 * 132 or block * stages > 256 or (prompt_rows == 64 and warps == 2):
+            continue
+        if prompt > 1 and prompts * prompt > 2 * 132:
+            continue
+        found.append(AttentionConfig(block, prompt_rows, suffix, prompt, warps, stages))
+    return found
+
+
+def attention_inputs(q: int, g: int, heads, prompt: int, suffix: int) -> dict:
+    """Random caches over enough layers to leave the L2."""
+    h, kv, depth = heads
+    layer_bytes = 4 * depth * kv * (q * prompt + q * g * suffix)
+    layers = max(2, min(16, 2 * CACHE_BYTES // layer_bytes))
+    half = {"device": "cuda", "dtype": torch.bfloat16}
+    return {
+        "q": torch.randn(q, g, h, depth, **half),
+        "prompt_k": torch.randn(layers, q, kv, prompt, depth, **half),
+        "prompt_v": torch.randn(layers, q, kv, prompt, depth, **half),
+        "lengths": torch.full((q,), prompt, dtype=torch.int32, device="cuda"),
+        "k": torch.randn(layers, q, g, kv, suffix, depth, **half),
+        "v": torch.randn(layers, q, g, kv, suffix, depth, **half),
+        "length": torch.full((4,), suffix, dtype=torch.int32, device="cuda"),
+        "index": torch.arange(layers, dtype=torch.int32, device="cuda").repeat_interleave(4).reshape(layers, 4),
+    }
+
+
+def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: AttentionConfig) -> None:
+    """Fill Triton's cache with one kernel; shapes are those of `attention_inputs`."""
+    h, kv, depth = heads
+    like = {"q": (q, g, h, depth), "prompt_k": (1, q, kv, prompt, depth), "k": (1, q, g, kv, suffix, depth)}
+    empty = [torch.empty(shape, device="meta") for shape in like.values()]
+    half, whole = torch.bfloat16, torch.int32
+    types = [half, half, half, whole, half, half, whole, whole, torch.float32, torch.float32]
+    decode_attention_triton.decode_attention_kernel.warmup(
+        *types,
+        grid=(1,),
+        LAYER_IS_POINTER=True,
+        LENGTH_IS_POINTER=True,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **decode_attention_triton.kernel_constants(*empty, depth**-0.5, None, config),
+    )
+
+
+def attention_launch(inputs: dict, buffers, config: AttentionConfig, layer: int) -> None:
+    """Both kernels on one layer."""
+    stats, values, out = buffers
+    constants = decode_attention_triton.kernel_constants(
+        inputs["q"], inputs["prompt_k"], inputs["k"], inputs["q"].shape[-1] ** -0.5, None, config
+    )
+    names = ("q", "prompt_k", "prompt_v", "lengths", "k", "v", "length")
+    decode_attention_triton.decode_attention_kernel[decode_attention_triton.grid(constants)](
+        *(inputs[name] for name in names),
+        inputs["index"][layer],
+        stats,
+        values,
+        LAYER_IS_POINTER=True,
+        LENGTH_IS_POINTER=True,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **constants,
+    )
+    rows, splits = stats.shape[:2]
+    decode_attention_triton.merge_kernel[(rows,)](
+        stats,
+        values,
+        out,
+        D=values.shape[-1],
+        SPLITS=splits,
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        num_warps=1,
+    )
+
+
+def attention_buffers(inputs: dict, config: AttentionConfig):
+    """Outputs that hold NaN."""
+    q, g, h, depth = inputs["q"].shape
+    splits, cuda = config.prompt_splits + config.suffix_splits, {"device": "cuda"}
+    stats = torch.full((q * g * h, splits, 2), float("nan"), **cuda)
+    values = torch.full((q * g * h, splits, depth), float("nan"), **cuda)
+    return stats, values, torch.full((q * g * h, depth), float("nan"), dtype=torch.bfloat16, **cuda)
+
+
+def attention_expected(inputs: dict, layer: int):
+    """Plain attention in float32."""
+    q, g, h, depth = inputs["q"].shape
+    kv = inputs["k"].shape[3]
+    prompt_k, prompt_v = (inputs[name][layer][:, None].expand(-1, g, -1, -1, -1) for name in ("prompt_k", "prompt_v"))
+    keys = torch.cat([prompt_k, inputs["k"][layer]], 3).float().repeat_interleave(h // kv, 2)
+    values = torch.cat([prompt_v, inputs["v"][layer]], 3).float().repeat_interleave(h // kv, 2)
+    scores = torch.einsum("qghd,qghsd->qghs", inputs["q"].float(), keys) * depth**-0.5
+    return torch.einsum("qghs,qghsd->qghd", scores.softmax(-1), values).reshape(q * g * h, depth)
+
+
+def tune_attention(q: int, g: int, heads, prompt: int, suffix: int, candidates, report):
+    """The fastest candidate that is also right."""
+    inputs = attention_inputs(q, g, heads, prompt, suffix)
+    expected, best = attention_expected(inputs, 1), None
+    shape = {"q": q, "g": g, "heads": heads, "prompt": prompt, "suffix": suffix}
+    moved = 4 * heads[1] * heads[2] * q * (prompt + g * suffix)
+    for config in candidates:
+        buffers = attention_buffers(inputs, config)
+        launch = lambda layer, config=config, buffers=buffers: attention_launch(inputs, buffers, config, layer)  # noqa: E731
+        try:
+            launch(1)
+        except triton.runtime.errors.OutOfResources as error:
+            report({**shape, "config": vars(config), "error": str(error)})
+            continue
+        error = check(buffers[2], expected)
+        if not error < 1e-2:
+            report({**shape, "config": vars(config), "error": f"wrong by {error}"})
+            continue
+        us = graph_time(launch, inputs["k"].shape[0])
+        report({**shape, "config": vars(config), "us": us, "tb_per_s": moved / us / 1e6, "relative_error": error})
+        best = min(best, (us, config), key=lambda pair: pair[0]) if best else (us, config)
+    return best
+
+
+def compile_all(function, jobs: list[tuple], deadline: float) -> None:
+    """Compile in parallel; a job that is not done by the deadline compiles when it is launched."""
+    start, failures = time.time(), []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        for future in as_completed(futures):
+            if future.exception() is not None:
+                failures.append(repr(future.exception())[:300])
+            if time.time() > deadline:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+    print(
+        f"compiled {len(jobs)} kernels in {time.time() - start:.0f} s; failed: {len(failures)} {failures[:2]}",
+        flush=True,
+    )
+
+
+def sample(items: list, limit: int) -> list:
+    """At most `limit` of the items, the same ones in every run."""
+    return items if len(items) <= limit else random.Random(0).sample(items, limit)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", default=["int4_matmul", "decode_attention"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--candidates", type=int, default=40, help="at most this many configurations a shape")
+    parser.add_argument("--output", type=Path, help="default: pallas_kernels/tuned/<device>.json")
+    parser.add_argument("--log", type=Path, help="every measurement as JSON lines")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Tune, then write the file; what was not reached before the time limit keeps its previous entries."""
+    options = parse(arguments)
+    deadline, device = time.time() + options.time_limit, torch.cuda.get_device_name()
+    output = options.output or Path(tuning.__file__).parent / "tuned" / tuning.device_file(device)
+    log = options.log.open("a") if options.log else sys.stderr
+    entries = json.loads(output.read_text()) if output.exists() else {}
+
+    def report(row: dict) -> None:
+        print(json.dumps(row), file=log, flush=True)
+
+    def keep(op: str, entry: dict) -> None:
+        same = [
+            old
+            for old in entries.get(op, [])
+            if any(old[key] != entry[key] for key in entry if key not in ("config", "us"))
+        ]
+        entries[op] = [*same, entry]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(entries, indent=1) + "\n")
+
+    if "int4_matmul" in options.op:
+        shapes = [(m, n, k) for name in options.shapes for (n, k) in SHAPES[name] for m in options.rows]
+        plan = {shape: sample(int4_candidates(*shape), options.candidates) for shape in shapes}
+        jobs = [(*shape, config) for shape, configs in plan.items() for config in configs]
+        compile_all(int4_compile, jobs, deadline - 30)
+        for (m, n, k), candidates in plan.items():
+            if time.time() < deadline and (best := tune_int4(m, n, k, candidates, report)):
+                keep("int4_matmul", {**tuning.as_entry(best[1], m=m, n=n, k=k), "us": round(best[0], 2)})
+                print(f"int4_matmul m={m} n={n} k={k}: {best[0]:.1f} us {best[1]}", flush=True)
+    if "decode_attention" in options.op:
+        plan = {}
+        for name, q in itertools.product(options.shapes, (8, 32)):
+            heads = HEADS[name]
+            candidates = attention_candidates(q * 8 * heads[1], q * heads[1])
+            plan[q, 8, heads, 256, 768] = sample(candidates, options.candidates)
+        jobs = [(*shape, config) for shape, configs in plan.items() for config in configs]
+        compile_all(attention_compile, jobs, deadline - 30)
+        for (q, g, heads, prompt, suffix), candidates in plan.items():
+            if time.time() < deadline and (best := tune_attention(q, g, heads, prompt, suffix, candidates, report)):
+                sizes = {"rows": q * g * heads[1], "prompts": q * heads[1], "head_dim": heads[2]}
+                entry = tuning.as_entry(best[1], **sizes, share=heads[0] // heads[1])
+                keep("decode_attention", {**entry, "us": round(best[0], 2)})
+                print(f"decode_attention heads={heads} q={q}: {best[0]:.1f} us {best[1]}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,301 @@
+"""Time the kernels inside compiled JAX programs, next to what XLA and cuBLAS do, after checking that they are right.
+
+    python scripts/bench_kernels.py [--op int4_matmul decode_attention token_logprobs] [--rows 16 64 256]
+        [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
+
+One JSON object a measurement (on stdout, and in --json FILE), then a table. A time is that of one call inside a program
+that makes many dependent calls, over a stack of layers larger than the L2 cache, median of several runs of the program.
+The bound is bytes moved / copy bandwidth or operations / bf16 matmul rate, whichever is larger; both rates are measured
+first, on this GPU. The check draws fresh inputs and compares with float64 (numpy), on odd shapes.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import pallas_kernels
+from pallas_kernels import dispatch
+from tests.pallas_kernels import oracles
+
+SHAPES = {  # output and input widths of the linear layers: (N, K)
+    "qwen2.5-1.5b": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
+    "llama-3.2-3b": [(5120, 3072), (3072, 3072), (16384, 3072), (3072, 8192)],
+    "llama-3.1-8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+}
+HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
+GROUP, RANK = 64, 32
+STACK_BYTES = 2**28
+
+
+def seconds(program, *arguments, repeats: int = 7) -> float:
+    """Median time of one run of a compiled program."""
+    jax.block_until_ready(program(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def chained(step, layers: int, calls: int):
+    """A program of `calls` dependent calls step(x, layer); the barrier keeps XLA from merging or reordering them."""
+
+    def program(x, *operands):
+        for call in range(calls):
+            out = step(x, call % layers, *operands)
+            x, out = lax.optimization_barrier((x, out))
+        return out
+
+    return jax.jit(program)
+
+
+def microseconds(step, x, layers: int, *operands, calls: int = 64) -> float:
+    """Time of one call, free of the program's fixed cost: the difference between `calls` and `calls` / 4 of them."""
+    few, many = calls // 4, calls
+    short, long = (seconds(chained(step, layers, count), x, *operands) for count in (few, many))
+    return (long - short) / (many - few) * 1e6
+
+
+def measure_rates() -> tuple[float, float]:
+    """(bytes/s of a large copy, FLOP/s of a large bf16 product) on this device."""
+    big = jnp.ones((2**30,), jnp.bfloat16)
+    copy = seconds(jax.jit(lambda a: a * 1.5), big)
+    keys = jax.random.split(jax.random.key(0), 2)
+    a, b = (jax.random.normal(key, (8192, 8192), jnp.bfloat16) for key in keys)
+    product = seconds(jax.jit(lambda a, b: a @ b), a, b)
+    return 2 * big.nbytes / copy, 2 * 8192**3 / product
+
+
+def check_int4(rng: np.random.Generator) -> float:
+    """Largest relative error over odd shapes; every implementation that can run."""
+    worst = 0.0
+    for m, n, k, group in [
+        (1, 136, 896, 128),
+        (5, 70, 1536, 32),
+        (16, 1000, 3584, 64),
+        (33, 264, 896, 64),
+        (64, 4864, 896, 64),
+        (200, 520, 1536, 128),
+        (256, 1536, 8960, 64),
+    ]:
+        packed, scales, weight = oracles.random_int4(rng, n, k, group, layers=(2,))
+        x, xa, b = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in [(m, k), (m, 24), (2, n, 24)])
+        run = jax.jit(lambda i, *a: pallas_kernels.int4_matmul(*a[:3], layer=i, xa=a[3], lora_b=a[4]))
+        for layer in (0, 1):
+            want = np.asarray(x, np.float64) @ weight[layer].T
+            want += np.asarray(xa, np.float64) @ np.asarray(b[layer], np.float64).T
+            worst = max(worst, oracles.relative_error(run(layer, x, packed, jnp.bfloat16(scales), xa, b), want))
+    return worst
+
+
+def check_attention(rng: np.random.Generator) -> float:
+    """Largest relative error over head layouts, lengths and windows."""
+    worst = 0.0
+    for heads, kv_heads, depth, generations, window in [
+        (12, 2, 128, 8, None),
+        (14, 2, 64, 5, 70),
+        (7, 1, 128, 16, None),
+        (8, 8, 64, 3, 300),
+    ]:
+        q, prompt, suffix = 3, 100, 150
+        arrays = [
+            jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+            for shape in [(q, generations, heads, depth)]
+            + [(2, q, kv_heads, prompt, depth)] * 2
+            + [(2, q, generations, kv_heads, suffix, depth)] * 2
+        ]
+        lengths = jnp.asarray(rng.integers(1, prompt + 1, q), jnp.int32)
+        case = (*arrays[:3], lengths, *arrays[3:])
+        run = jax.jit(lambda n, i, *a, w=window: pallas_kernels.decode_attention(*a, n, layer=i, scale=0.1, window=w))
+        for length in (1, 77, suffix):
+            want = oracles.attention(*case, length, 1, 0.1, window)
+            worst = max(worst, oracles.relative_error(run(length, 1, *case), want))
+    return worst
+
+
+def int4_case(n: int, k: int, m: int):
+    """(x, layers, operands of a fused call): x, then packed, scales, xa and B of a stack larger than the cache."""
+    layers = int(max(2, min(28, STACK_BYTES // (n * k // 2))))
+    keys = jax.random.split(jax.random.key(m), 5)
+    x, xa = jax.random.normal(keys[0], (m, k), jnp.bfloat16), jax.random.normal(keys[1], (m, RANK), jnp.bfloat16)
+    packed = jax.random.randint(keys[2], (layers, n, k // 2), 0, 256, jnp.int32).astype(jnp.uint8)
+    scales = jax.random.uniform(keys[3], (layers, n, k // GROUP), jnp.bfloat16, 0.01, 0.03)
+    b = jax.random.normal(keys[4], (layers, n, RANK), jnp.bfloat16)
+    return x, layers, (packed, scales, xa, b)
+
+
+def int4_step(x, layer, packed, scales, xa, b, implementation: str):
+    """One product with its adapter."""
+    return pallas_kernels.int4_matmul(x, packed, scales, layer=layer, xa=xa, lora_b=b, implementation=implementation)
+
+
+def bench_int4(shapes, rows, rates, report, compare: bool) -> None:
+    """Fused, dequantize + XLA, and bf16 weights without an adapter; 'chosen' is what the dispatch rule picks."""
+    device = dispatch.current_device()
+    for model, n, k, m in [(name, n, k, m) for name in shapes for n, k in SHAPES[name] for m in rows]:
+        x, layers, operands = int4_case(n, k, m)
+        moved = n * k / 2 + n * k / GROUP * 2 + n * RANK * 2 + m * (k + n) * 2
+        bound = max(moved / rates[0], 2 * m * n * k / rates[1]) * 1e6
+        rule = dispatch.int4_matmul_rule(device, x.dtype, m, k, GROUP)
+        times = {"triton": microseconds(partial(int4_step, implementation="triton"), x, layers, *operands)}
+        if compare or rule == dispatch.REFERENCE:
+            step = partial(int4_step, implementation="reference")
+            times["reference"] = microseconds(step, x, layers, *operands, calls=16)
+        if compare:
+            keys = jax.random.split(jax.random.key(0), min(layers, 8))
+            dense = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
+            times["bf16"] = microseconds(lambda x, i, *w: x @ w[i].T, x, len(dense), *dense, calls=16)
+        times["chosen"] = times[rule]
+        report(
+            op="int4_matmul", shape=f"{model} {k}x{n}", rows=m, bound=bound, bytes=moved, flops=2 * m * n * k, **times
+        )
+
+
+def attention_step(x, layer, pk, pv, lengths, k, v, length, implementation: str | None = None):
+    """One layer's attention."""
+    return pallas_kernels.decode_attention(
+        x, pk, pv, lengths, k, v, length, layer=layer, scale=x.shape[-1] ** -0.5, implementation=implementation
+    )
+
+
+def bench_attention(shapes, rates, report, compare: bool) -> None:
+    """The kernel with the whole suffix in use, then with a twelfth of the slots, next to XLA's attention."""
+    for model, q, length in [(name, q, length) for name in shapes for q in (8, 32) for length in (768, 64)]:
+        (heads, kv, depth), g, prompt, suffix = HEADS[model], 8, 256, 768
+        layer_bytes = 4 * depth * kv * q * (prompt + g * suffix)
+        layers = int(max(2, min(16, 2 * STACK_BYTES // layer_bytes)))
+        keys = jax.random.split(jax.random.key(q), 5)
+        half = jnp.bfloat16
+        query = jax.random.normal(keys[0], (q, g, heads, depth), half)
+        pk, pv = (jax.random.normal(key, (layers, q, kv, prompt, depth), half) for key in keys[1:3])
+        k, v = (jax.random.normal(key, (layers, q, g, kv, suffix, depth), half) for key in keys[3:])
+        lengths = jnp.full((q,), prompt, jnp.int32)
+        moved = 4 * depth * kv * q * (prompt + g * length)
+        flops = 4 * q * g * heads * depth * (prompt + length)
+
+        operands = (pk, pv, lengths, k, v, jnp.int32(length))
+        times = {"chosen": microseconds(attention_step, query, layers, *operands)}
+        if compare:
+            step = partial(attention_step, implementation="reference")
+            times["reference"] = microseconds(step, query, layers, *operands, calls=16)
+        report(
+            op="decode_attention",
+            shape=f"{model} prompt 256, suffix {length} of 768",
+            rows=q * g,
+            bound=max(moved / rates[0], flops / rates[1]) * 1e6,
+            bytes=moved,
+            flops=flops,
+            **times,
+        )
+
+
+def bench_logprobs(rates, report) -> None:
+    """Forward, and forward with the gradient of hidden, for 4096 positions of the 1.5B head."""
+    n, width, vocabulary = 4096, 1536, 151936
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden, head = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, [(n, width), (vocabulary, width)], strict=True)
+    )
+    targets = jnp.arange(n) % vocabulary
+    for label, products, step in [
+        ("forward", 1, lambda h, w, t: pallas_kernels.token_logprobs(h, w, t, chunk=2048)[0]),
+        (
+            "forward + backward",
+            3,
+            jax.grad(lambda h, w, t: pallas_kernels.token_logprobs(h, w, t, chunk=2048)[0].sum()),
+        ),
+    ]:
+        flops = products * 2 * n * width * vocabulary
+        chosen = seconds(jax.jit(step), hidden, head, targets) * 1e6
+        report(
+            op="token_logprobs",
+            shape=f"1.5B head, {label}",
+            rows=n,
+            bound=flops / rates[1] * 1e6,
+            bytes=head.nbytes,
+            flops=flops,
+            chosen=chosen,
+        )
+
+
+def table(rows: list[dict]) -> str:
+    """The measurements as aligned text."""
+    lines = [
+        f"{'op':17} {'shape':40} {'rows':>5} {'bound':>7} {'us':>8} {'of bound':>8} {'GB/s':>6} {'TFLOP/s':>7}  others"
+    ]
+    for row in rows:
+        others = ", ".join(f"{key} {row[key]:.1f}" for key in ("triton", "reference", "bf16") if key in row)
+        us = row["chosen"]
+        lines.append(
+            f"{row['op']:17} {row['shape']:40} {row['rows']:5} {row['bound']:7.1f} {us:8.1f} {row['bound'] / us:8.0%} "
+            f"{row['bytes'] / us / 1e3:6.0f} {row['flops'] / us / 1e6:7.0f}  {others}"
+        )
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", default=["int4_matmul", "decode_attention", "token_logprobs"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--seed", type=int, default=time.time_ns() % 2**31, help="of the check's inputs; fresh by default"
+    )
+    parser.add_argument("--skip-check", action="store_true")
+    parser.add_argument("--no-compare", action="store_true", help="leave out what XLA and cuBLAS take")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Check, measure, print."""
+    options, rows = parse(arguments), []
+
+    def report(**row) -> None:
+        rows.append(row)
+        line = json.dumps({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
+        print(line, flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(line + "\n")
+
+    if not options.skip_check:
+        rng = np.random.default_rng(options.seed)
+        worst = {"int4_matmul": check_int4(rng), "decode_attention": check_attention(rng)}
+        print(
+            json.dumps({"check": "largest relative error against float64", "seed": options.seed, **worst}), flush=True
+        )
+        if not max(worst.values()) < 1e-2:
+            sys.exit(f"a kernel is wrong: {worst}")
+    rates = measure_rates()
+    device = jax.devices()[0].device_kind
+    print(
+        json.dumps(
+            {"device": device, "jax": jax.__version__, "copy_tb_s": rates[0] / 1e12, "bf16_tflop_s": rates[1] / 1e12}
+        )
+    )
+    if "int4_matmul" in options.op:
+        bench_int4(options.shapes, options.rows, rates, report, not options.no_compare)
+    if "decode_attention" in options.op:
+        bench_attention(options.shapes, rates, report, not options.no_compare)
+    if "token_logprobs" in options.op:
+        bench_logprobs(rates, report)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
