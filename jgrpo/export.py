@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from jgrpo.checkpoints import train_state
 from jgrpo.checkpoints.adapter import export_adapter, load_adapter
+from jgrpo.checkpoints.atomic import check_free
 from jgrpo.checkpoints.hf import load_base, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.merged import export_merged
 from jgrpo.checkpoints.source import stored_dtype
@@ -148,6 +149,9 @@ def load_run_adapter(run: Path, config: TrainConfig, model_config: ModelConfig) 
 def export_run(settings: ExportConfig) -> Path:
     """Export a training run; returns the directory written."""
     run = Path(settings.run).expanduser()
+    check_free(settings.output)
+    if settings.max_shard_gb <= 0:
+        raise UserError(f"--max-shard-gb is {settings.max_shard_gb}: expected a number above 0")
     if not (run / "config.yaml").is_file():
         raise UserError(f"run {run}: no config.yaml, so not the directory of a run")
     config = load_config(run / "config.yaml")

@@ -17,11 +17,8 @@ def atomic_directory(out: str | Path, *, replace: bool = False) -> Iterator[Path
     Raises UserError if `out` exists and is not empty (unless `replace`), cannot be made, or the disk refuses a write; what
     was there before is untouched.
     """
-    out = Path(out).absolute()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"output {out} is a file; choose a directory that does not exist yet")
-    if out.is_dir() and any(out.iterdir()) and not replace:
-        raise UserError(f"output {out} exists and is not empty; choose another directory or remove it")
+    out = Path(out).expanduser().absolute()
+    check_free(out, replace=replace)
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +31,15 @@ def atomic_directory(out: str | Path, *, replace: bool = False) -> Iterator[Path
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: str | Path, *, replace: bool = False) -> None:
+    """UserError if `out` is a file, or (unless `replace`) a directory with something in it."""
+    out = Path(out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"output {out} is a file; choose a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and not replace:
+        raise UserError(f"output {out} exists and is not empty; choose another directory or remove it")
 
 
 def _swap(temporary: Path, out: Path) -> None:

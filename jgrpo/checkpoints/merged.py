@@ -42,7 +42,7 @@ _COPIED = (
     "*.tiktoken",
     "LICENSE*",
 )
-_BLOCK_BYTES = 32 * 2**20
+_BLOCK_BYTES = 8 * 2**20
 
 
 def export_merged(

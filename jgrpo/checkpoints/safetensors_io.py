@@ -20,9 +20,6 @@ import numpy as np
 
 from jgrpo.errors import UserError
 
-BLOCK_BYTES = 32 * 2**20
-"""Bytes of one block of rows when a caller does not say."""
-
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -97,7 +94,7 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np
     return rows.reshape(shape)
 
 
-def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+def row_blocks(rows: int, row_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive blocks of at most `block_bytes`, at least one row each."""
     step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, rows, step):

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from jgrpo.checkpoints.hf import load_base, load_model_config, resolve_checkpoint
-from jgrpo.checkpoints.names import modules_of, placements
-from jgrpo.checkpoints.safetensors_io import SafetensorsWriter, TensorSpec
+from jgrpo.checkpoints.names import modules_of
 from jgrpo.config import QuantizationConfig
 from jgrpo.errors import UserError
 from jgrpo.models import base_shapes, model_config_from_hf
 from jgrpo.quantization import Int4Weight
 from tests.tiny_checkpoints import make_checkpoint
+
+from .conftest import BIG
 
 UNQUANTIZED = QuantizationConfig(quantization="none")
 
@@ -76,32 +76,6 @@ def test_quantized_base_does_not_depend_on_the_compute_dtype(tmp_path):
         jax.tree.map(lambda x: x.astype(jnp.float32), narrow),
         jax.tree.map(lambda x: x.astype(jnp.float32), wide),
     )
-
-
-BIG = {
-    "model_type": "qwen2",
-    "vocab_size": 16000,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": True,
-}
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory) -> Path:
-    """A checkpoint of 210 MB in bfloat16."""
-    path = tmp_path_factory.mktemp("big")
-    (path / "config.json").write_text(json.dumps(BIG))
-    ordered = [p for placed in placements(model_config_from_hf(BIG)).values() for p in placed]
-    noise = np.random.default_rng(0).normal(size=4096 * 1024).astype(ml_dtypes.bfloat16)
-    specs = [TensorSpec(p.name, p.shape, noise.dtype) for p in ordered]
-    with SafetensorsWriter(path / "model.safetensors", specs) as writer:
-        for spec in specs:
-            writer.write(np.resize(noise, spec.shape))
-    return path
 
 
 @pytest.mark.parametrize("quantization", ["int4", "none"])
