@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jgrpo.errors import UserError
 
 _DISK_ERRORS = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit"}
+_LOGGER = logging.getLogger("absl")
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
@@ -39,12 +40,13 @@ class Checkpoints:
     def __init__(self, directory: Path, keep_last: int):
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
             step_prefix="step",
             step_format_fixed_length=6,
+            max_to_keep=keep_last,
             enable_async_checkpointing=False,
         )
         _remove_unfinished(self.directory)
+        _LOGGER.addFilter(_is_worth_logging)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
@@ -83,7 +85,7 @@ class Checkpoints:
         Raises:
             UserError: there is no complete checkpoint.
         """
-        step = self._require_latest()
+        step = _require(self.latest_step, self.directory)
         items = ocp.args.Composite(
             lora=ocp.args.StandardRestore(_targets(lora)),
             rest=ocp.args.StandardRestore(_targets(rest)),
@@ -99,36 +101,52 @@ class Checkpoints:
         Raises:
             UserError: there is no complete checkpoint.
         """
-        step = self._require_latest()
+        step = _require(self.latest_step, self.directory)
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def close(self) -> None:
         """Release Orbax's threads."""
         self._manager.close()
 
-    def _require_latest(self) -> int:
-        step = self.latest_step
-        if step is None:
-            raise UserError(f"{self.directory} holds no complete checkpoint: expected a run saved at least once")
-        return step
-
 
 def load_adapter(directory: Path) -> tuple[int, Mapping[str, Any]]:
     """Step and adapter of the newest checkpoint in a run's `checkpoints/`, without knowing the model or the optimizer.
 
+    Reads only, so it may be called while the run goes on.
+
     Raises:
         UserError: there is no complete checkpoint.
     """
-    if not Path(directory).is_dir():
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: expected the checkpoints of a run")
-    steps = {int(path.name.removeprefix("step_")): path for path in Path(directory).absolute().glob("step_??????")}
-    if not steps:
-        raise UserError(f"{directory} holds no complete checkpoint: expected a run saved at least once")
-    step = max(steps)
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = steps[step] / "lora"
+    step = max((int(path.name.removeprefix("step_")) for path in directory.glob("step_??????")), default=None)
+    path = directory / f"step_{_require(step, directory):06}" / "lora"
+    # An item on its own lacks the metadata of the checkpoint around it, which Orbax would remark upon.
+    with _without_warnings(), ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata(path).item_metadata.tree
-        return step, checkpointer.restore(path, _targets(saved))
+        return _require(step, directory), checkpointer.restore(path, _targets(saved))
+
+
+def _require(step: int | None, directory: Path) -> int:
+    if step is None:
+        raise UserError(f"{directory} holds no complete checkpoint: expected a run saved at least once")
+    return step
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    level = _LOGGER.level
+    _LOGGER.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(level)
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Not the traceback from a writer thread of Orbax, whose exception reaches the caller anyway."""
+    return "_SignalingThread.run()" not in record.getMessage()
 
 
 def _place(leaf: Any) -> Any:
@@ -156,9 +174,6 @@ def _unbind(wanted: Any, restored: jax.Array) -> jax.Array:
 @contextmanager
 def _disk_errors(directory: Path, last: int | None) -> Iterator[None]:
     """Turn a full disk into one line, and give back what the unfinished checkpoint took."""
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.CRITICAL)  # Orbax logs the traceback of the error that is reported here
     try:
         yield
     except (OSError, ValueError) as error:
@@ -170,8 +185,6 @@ def _disk_errors(directory: Path, last: int | None) -> Iterator[None]:
         raise UserError(
             f"checkpoint not saved in {directory}: {reason}; {intact}; free some space and run again with --resume"
         ) from error
-    finally:
-        absl.setLevel(level)
 
 
 def _remove_unfinished(directory: Path) -> None:

@@ -2,8 +2,9 @@
 
 A completion is correct if the first reward function gives it at least 1; put the function that decides correctness
 first. Accuracy is the fraction of correct completions. pass@k is the unbiased estimator of Chen et al. 2021
-(arXiv:2107.03374). Intervals are 95 % normal approximations over prompts, with a prompt's own mean as one
-observation: several samples of one prompt do not count as independent.
+(arXiv:2107.03374). Intervals are at 95 % over prompts, with a prompt's own mean as one observation: several samples of
+one prompt do not count as independent. Rates get Wilson's interval, which stays honest at 0 and 1, where the normal
+approximation has width 0; everything else gets the normal approximation.
 """
 
 import dataclasses
@@ -70,11 +71,11 @@ class Scores:
 
     def accuracy(self) -> Interval:
         """Fraction of correct completions."""
-        return interval(self.correct.mean(axis=1))
+        return rate_interval(self.correct.mean(axis=1))
 
     def pass_at(self, k: int) -> Interval:
         """Probability that at least one of k completions of a prompt is correct; k at most G."""
-        return interval(np.array([pass_at_k(self.correct.shape[1], int(c), k) for c in self.correct.sum(axis=1)]))
+        return rate_interval(np.array([pass_at_k(self.correct.shape[1], int(c), k) for c in self.correct.sum(axis=1)]))
 
 
 def interval(values: Float[np.ndarray, " N"]) -> Interval:
@@ -83,6 +84,23 @@ def interval(values: Float[np.ndarray, " N"]) -> Interval:
         return Interval(float("nan"), float("nan"))
     error = values.std(ddof=1) / sqrt(len(values)) if len(values) > 1 else 0.0
     return Interval(float(values.mean()), float(1.96 * error))
+
+
+def rate_interval(values: Float[np.ndarray, " N"]) -> Interval:
+    """Mean of values in [0, 1] and the larger distance of it to the bounds of Wilson's interval.
+
+    The number of trials is the one that would give a binomial rate the variance seen, p (1 − p) / Var(mean), at least N.
+    """
+    count, z2 = len(values), 1.96**2
+    if count == 0:
+        return Interval(float("nan"), float("nan"))
+    p = float(values.mean())
+    variance = values.var(ddof=1) / count if count > 1 else 0.0
+    trials = max(p * (1 - p) / variance, count) if variance > 0 else count
+    # (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
+    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = sqrt(z2 * (p * (1 - p) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
+    return Interval(p, abs(centre - p) + half)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
