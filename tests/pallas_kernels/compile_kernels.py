@@ -1,0 +1,70 @@
+"""Compile the kernels for GPUs this machine does not have: `python -m tests.pallas_kernels.compile_kernels 80 90`.
+
+Prints one line a kernel: name, shared memory in bytes, bytes of registers spilled to the stack. Triton brings ptxas and
+cuobjdump, so no GPU and no CUDA installation are needed. Run apart from the tests, because it needs TRITON_INTERPRET=0.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from jax import ShapeDtypeStruct
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pallas_kernels import decode_attention_triton, int4_matmul_triton, tuning
+
+
+def compile_kernel(kernel, types: dict[str, str], constants: dict, config, capability: int) -> tuple[int, int]:
+    """(shared memory, stack) of the compiled kernel; pointers are 16-byte aligned, as JAX's are."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = [(i,) for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    source = ASTSource(kernel, signature, constants, {key: [["tt.divisibility", 16]] for key in aligned})
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    stack = re.search(r"STACK:(\d+)", usage.stdout)
+    assert stack is not None, usage.stdout
+    return compiled.metadata.shared, int(stack[1])
+
+
+def int4_matmul(rows: int, capability: int) -> tuple[int, int]:
+    """The heuristic's kernel for one product of an 8B model."""
+    n, k, group = 6144, 4096, 64
+    config = tuning.int4_heuristic(rows, n, k, group, hopper=capability >= 90)
+    types = dict.fromkeys(("x_ptr", "scales_ptr", "xa_ptr", "b_ptr", "out_ptr"), "*bf16")
+    constants = int4_matmul_triton.kernel_constants(rows, n, k, group, 32, config)
+    constants |= {"B_STACKED": True, "LAYER_IS_POINTER": True, "PTX": True, "DTYPE": tl.bfloat16}
+    types |= {"packed_ptr": "*u8", "layer_ptr": "*i32"}
+    return compile_kernel(int4_matmul_triton.int4_matmul_kernel, types, constants, config, capability)
+
+
+def decode_attention(head_dim: int, capability: int) -> tuple[int, int]:
+    """The heuristic's kernel for 8 groups of 8."""
+    q, prompt, suffix = (
+        ShapeDtypeStruct(shape, "bfloat16")
+        for shape in [(8, 8, 12, head_dim), (2, 8, 2, 256, head_dim), (2, 8, 8, 2, 512, head_dim)]
+    )
+    config = tuning.attention_heuristic(128, 16, head_dim)
+    types = dict.fromkeys(("q_ptr", "prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr"), "*bf16")
+    types |= dict.fromkeys(("prompt_lengths_ptr", "length_ptr", "layer_ptr"), "*i32")
+    types |= dict.fromkeys(("stats_ptr", "values_ptr"), "*fp32")
+    constants = decode_attention_triton.kernel_constants(q, prompt, suffix, 0.1, 100, config)
+    constants |= {"LAYER_IS_POINTER": True, "LENGTH_IS_POINTER": True}
+    return compile_kernel(decode_attention_triton.decode_attention_kernel, types, constants, config, capability)
+
+
+if __name__ == "__main__":
+    for target in map(int, sys.argv[1:]):
+        for rows in (16, 64, 128):
+            print(f"int4_matmul-{rows}-sm_{target}", *int4_matmul(rows, target), flush=True)
+        for head_dim in (64, 128, 256):
+            print(f"decode_attention-{head_dim}-sm_{target}", *decode_attention(head_dim, target), flush=True)
