@@ -12,6 +12,7 @@ import errno
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,7 +181,9 @@ def _disk_errors(directory: Path, last: int | None) -> Iterator[None]:
         reason = _disk_error(error)
         if reason is None:
             raise
-        _remove_unfinished(directory)
+        for _ in range(10):  # writer threads of Orbax outlive the exception, and make the directory again
+            _remove_unfinished(directory)
+            time.sleep(0.1)
         intact = "no earlier checkpoint exists" if last is None else f"the checkpoint of step {last} is intact"
         raise UserError(
             f"checkpoint not saved in {directory}: {reason}; {intact}; free some space and run again with --resume"
