@@ -12,6 +12,7 @@ Every row has its own key, and its random number for token t is the same whateve
 the number of questions.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -56,12 +57,14 @@ class Recorded(NamedTuple):
     log_kept: Float32[Array, "... Q G"]
     live: Bool[Array, "... Q G"]
     """Whether the token belongs to the completion."""
+    stops: Bool[Array, "... Q G"]
+    """Whether it is the stop token that ends the completion."""
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], pad_id: int) -> "Recorded":
         """Buffers that hold no completion yet."""
-        zeros = jnp.zeros(shape, jnp.float32)
-        return cls(jnp.full(shape, pad_id, jnp.int32), zeros, zeros, jnp.zeros(shape, bool))
+        zeros, false = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
+        return cls(jnp.full(shape, pad_id, jnp.int32), zeros, zeros, false, false)
 
 
 @flax.struct.dataclass
@@ -72,8 +75,8 @@ class DecodeState:
     """Keys and values of every token so far."""
     hidden: Float[Array, "Q G D"]
     """Final hidden state of each row's last token: what the next token is drawn from."""
-    done: Bool[Array, "Q G"]
-    """Rows that have drawn a stop token."""
+    remaining: Int32[Array, "Q G"]
+    """Tokens that each row may still draw; 0 once it has drawn a stop token."""
 
     @property
     def drawn(self) -> Int32[Array, ""]:
@@ -92,19 +95,23 @@ def generate(
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    row_limits: Int32[Array, "Q G"] | None = None,
 ) -> Rollout:
     """Draw `config.num_generations` completions of every prompt, each of at most `config.max_completion_length` tokens.
 
     Compiled once for each shape of `prompts`. The same key gives the same tokens; `lora = {}` samples from the base model.
+    `row_limits` gives rows lower limits of their own.
     """
     setup = Setup.create(model, config, eos_ids, pad_id)
     size, count = chunking(config.max_completion_length)
     state = prefill(setup, base, lora, prompts, size * count)
-    uniforms = row_uniforms(key, state.done.shape, size * count)
+    if row_limits is not None:
+        state = dataclasses.replace(state, remaining=jnp.minimum(state.remaining, row_limits))
+    uniforms = row_uniforms(key, state.remaining.shape, size * count)
     adapter = fuse(lora, model.config, model.lora.scale, model.dtype)
 
     def unfinished(carry: tuple[DecodeState, Recorded]) -> Bool[Array, ""]:
-        return (carry[0].drawn < size * count) & ~jnp.all(carry[0].done)
+        return jnp.any(carry[0].remaining > 0)
 
     def advance(carry: tuple[DecodeState, Recorded]) -> tuple[DecodeState, Recorded]:
         start = carry[0].drawn
@@ -113,8 +120,8 @@ def generate(
         write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return state, jax.tree.map(write, carry[1], recorded)
 
-    state, buffers = lax.while_loop(unfinished, advance, (state, Recorded.empty(uniforms.shape, pad_id)))
-    return _rollout(prompts, state.done, buffers, config.max_completion_length)
+    _, buffers = lax.while_loop(unfinished, advance, (state, Recorded.empty(uniforms.shape, pad_id)))
+    return _rollout(prompts, jax.tree.map(lambda x: jnp.moveaxis(x[: config.max_completion_length], 0, -1), buffers))
 
 
 def stream(
@@ -134,11 +141,11 @@ def stream(
     limit = config.max_completion_length
     size, count = chunking(limit, chunk)
     state = _jit_prefill(setup, base, lora, prompts, size * count)
-    uniforms = row_uniforms(key, state.done.shape, size * count)
+    uniforms = row_uniforms(key, state.remaining.shape, size * count)
     for start in range(0, size * count, size):
         state, recorded = _jit_chunk(setup, base, lora, state, uniforms[start : start + size])
         yield jax.tree.map(lambda x, rest=limit - start: x[:rest], recorded)
-        if bool(jnp.all(state.done)):
+        if not bool(jnp.any(state.remaining)):
             return
 
 
@@ -166,7 +173,7 @@ def prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, slots: i
     return DecodeState(
         cache=KVCache.create(prompt_kv, prompts.lengths, group, slots),
         hidden=jnp.repeat(hidden[:, None], group, axis=1),
-        done=jnp.zeros((hidden.shape[0], group), bool),
+        remaining=jnp.full((hidden.shape[0], group), setup.config.max_completion_length, jnp.int32),
     )
 
 
@@ -178,9 +185,10 @@ def decode_chunk(
 
     def step(state: DecodeState, uniform: Float32[Array, "Q G"]) -> tuple[DecodeState, Recorded]:
         logits = _apply(setup, "logits", variables, state.hidden)
-        recorded, done = _record(setup, state, _draw(setup.config, logits, uniform))
+        recorded = _record(setup, state, _draw(setup.config, logits, uniform))
         hidden, cache = _apply(setup, "decode", variables, recorded.token, state.cache)
-        return DecodeState(cache, hidden, done), recorded
+        remaining = jnp.where(recorded.stops, 0, jnp.maximum(state.remaining - 1, 0))
+        return DecodeState(cache, hidden, remaining), recorded
 
     return lax.scan(step, state, uniforms)
 
@@ -192,9 +200,8 @@ _jit_prefill = jax.jit(prefill, static_argnames=("setup", "slots"))
 def _jit_chunk(
     setup: Setup, base: Params, lora: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
 ) -> tuple[DecodeState, Recorded]:
-    return decode_chunk(
-        setup, base, fuse(lora, setup.model.config, setup.model.lora.scale, setup.model.dtype), state, uniforms
-    )
+    adapter = fuse(lora, setup.model.config, setup.model.lora.scale, setup.model.dtype)
+    return decode_chunk(setup, base, adapter, state, uniforms)
 
 
 def _apply(setup: Setup, method: str, variables: Params, *args: Any) -> Any:
@@ -212,21 +219,21 @@ def _draw(config: RolloutConfig, logits: Float32[Array, "Q G V"], uniform: Float
     )
 
 
-def _record(setup: Setup, state: DecodeState, drawn: Draw) -> tuple[Recorded, Bool[Array, "Q G"]]:
-    """Mask what rows past their end drew; with that, the rows that are done after this token."""
-    live = ~state.done & (state.drawn < setup.config.max_completion_length)
-    stops = live & jnp.isin(drawn.token, jnp.asarray(setup.stop_ids, jnp.int32))
-    recorded = Recorded(
+def _record(setup: Setup, state: DecodeState, drawn: Draw) -> Recorded:
+    """Mask what rows past their end drew."""
+    live = state.remaining > 0
+    return Recorded(
         token=jnp.where(live, drawn.token, setup.pad_id),
         logprob=jnp.where(live, drawn.logprob, 0.0),
         log_kept=jnp.where(live, drawn.log_kept, 0.0),
         live=live,
+        stops=live & jnp.isin(drawn.token, jnp.asarray(setup.stop_ids, jnp.int32)),
     )
-    return recorded, state.done | stops
 
 
-def _rollout(prompts: Prompts, done: Bool[Array, "Q G"], buffers: Recorded, limit: int) -> Rollout:
-    recorded = jax.tree.map(lambda x: jnp.moveaxis(x[:limit], 0, -1), buffers)
+def _rollout(prompts: Prompts, recorded: Recorded) -> Rollout:
+    """The result, from buffers with time as the last axis."""
+    stopped = jnp.any(recorded.stops, axis=-1)
     return Rollout(
         prompt_tokens=prompts.tokens,
         prompt_lengths=prompts.lengths,
@@ -235,5 +242,5 @@ def _rollout(prompts: Prompts, done: Bool[Array, "Q G"], buffers: Recorded, limi
         completion_mask=recorded.live,
         logprobs=recorded.logprob,
         log_kept=recorded.log_kept,
-        finish=jnp.where(done, FINISH_STOP, FINISH_LENGTH).astype(jnp.int32),
+        finish=jnp.where(stopped, FINISH_STOP, FINISH_LENGTH).astype(jnp.int32),
     )

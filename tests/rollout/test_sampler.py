@@ -197,6 +197,19 @@ def test_every_length_limit(policy: Policy, prompts: Prompts, limit: int) -> Non
     np.testing.assert_array_equal(rollout.completion_tokens, longer.completion_tokens[..., :limit])
 
 
+def test_rows_with_limits_of_their_own(policy: Policy, prompts: Prompts) -> None:
+    """Each row is what it is without a limit, cut off; the loop ends with the longest."""
+    limits = jnp.arange(15, dtype=jnp.int32).reshape(5, 3) + 1
+    call = dict(eos_ids=STOPS, pad_id=PAD)
+    rollout = generate(*policy, prompts, jax.random.key(1), CONFIG, row_limits=limits, **call)
+    free = sample(policy, prompts)
+    np.testing.assert_array_equal(rollout.completion_lengths, np.minimum(free.completion_lengths, limits))
+    mask = np.asarray(rollout.completion_mask)
+    np.testing.assert_array_equal(np.asarray(rollout.completion_tokens)[mask], np.asarray(free.completion_tokens)[mask])
+    stopped = (np.asarray(free.finish) == FINISH_STOP) & np.asarray(free.completion_lengths <= limits)
+    np.testing.assert_array_equal(np.asarray(rollout.finish) == FINISH_STOP, stopped)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 32, 33, 34, 96, 100, 512, 1000])
 def test_chunks_overshoot_by_less_than_their_number(limit: int) -> None:
     size, count = chunking(limit, 32)

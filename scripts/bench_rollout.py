@@ -1,0 +1,218 @@
+"""Rollout speed of models of real shape with random weights, next to what the memory and the arithmetic allow.
+
+    PYTHONPATH=. python scripts/bench_rollout.py --preset qwen2.5-1.5b llama-3.1-8b --prompts 8 32 64
+    PYTHONPATH=. python scripts/bench_rollout.py --prompts 32 --new-tokens 1024 --lengths lognormal
+    PYTHONPATH=. python scripts/bench_rollout.py --preset tiny --dtype float32 --kv float32 --new-tokens 32
+
+One JSON line for every preset and number of prompts, then a table. A run is `jgrpo.rollout.generate` from prompts to
+tokens with their log-probabilities; the time includes the prefill. `lengths fixed`: every completion has
+`--new-tokens` tokens. `lognormal`: each row is given its own end, log-normal with median 200 and sigma 0.8, capped at
+`--new-tokens`, which is the long tail of real batches; only tokens inside completions are counted.
+
+The bound is, for every step of the decode, bytes moved / `--bandwidth` + operations / `--tflops`, summed: weights and head
+once a step, the prompt's keys and values once a group, each unfinished row's own ones once; rows that have ended cost
+nothing. The prefill is not in it. `peak_bytes` is the allocator's peak since the process started; give one preset and one
+number of prompts to have a run's own.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from shapes import PRESETS, linear_parameters, random_base
+
+from jgrpo.config import LINEAR_MODULES, LoraConfig, RolloutConfig
+from jgrpo.lora import init_lora, module_shapes
+from jgrpo.models import ModelConfig, Transformer
+from jgrpo.rollout import Prompts, generate
+
+MEASURED = {"H200": (4.3, 790.0)}
+"""TB/s of a copy and TFLOP/s of a bfloat16 matmul, as measured on the device of that name."""
+
+COLUMNS = ("preset", "weights", "sequences", "tokens_per_s", "ms_per_step", "bound_tokens_per_s", "fraction", "peak_gb")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["qwen2.5-1.5b"])
+    parser.add_argument(
+        "--prompts", nargs="+", type=int, default=[8], help="prompts Q of a batch (default %(default)s)"
+    )
+    parser.add_argument("--group", type=int, default=8, help="completions G of each prompt (default %(default)s)")
+    parser.add_argument("--prompt-len", type=int, default=256, help="prompt tokens P (default %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=512, help="new tokens C at most (default %(default)s)")
+    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed")
+    parser.add_argument(
+        "--weights", choices=("int4", "bf16"), default="int4", help="linear layers (default %(default)s)"
+    )
+    parser.add_argument("--int4-embeddings", action="store_true", help="embedding and head in int4 too")
+    parser.add_argument("--group-size", type=int, default=64, help="int4 group (default %(default)s)")
+    parser.add_argument("--lora-rank", type=int, default=32, help="rank R on all linear layers; 0: no adapter")
+    parser.add_argument("--kv", choices=("bfloat16", "float32"), default="bfloat16", help="KV cache; has to be --dtype")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument(
+        "--runs", type=int, default=3, help="timed runs, of which the median counts (default %(default)s)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, help="TB/s of the bound; default: measured, where the device is known"
+    )
+    parser.add_argument("--tflops", type=float, help="TFLOP/s of the bound; default likewise")
+    parser.add_argument("--profile", metavar="DIR", help="write a profile of one run there")
+    args = parser.parse_args()
+    if args.kv != args.dtype:
+        parser.error(f"--kv {args.kv}: the cache has the compute dtype, which is {args.dtype}")
+    return args
+
+
+def completion_lengths(args: argparse.Namespace, prompts: int) -> np.ndarray:
+    """Tokens of each completion, [Q, G]."""
+    shape = (prompts, args.group)
+    if args.lengths == "fixed":
+        return np.full(shape, args.new_tokens, np.int32)
+    drawn = np.random.default_rng(0).lognormal(np.log(200), 0.8, shape)
+    return np.clip(np.rint(drawn), 1, args.new_tokens).astype(np.int32)
+
+
+class Workload:
+    """One preset on the device."""
+
+    def __init__(self, args: argparse.Namespace, preset: str):
+        self.args, self.preset, self.config = args, preset, PRESETS[preset]
+        lora_config = LoraConfig(lora_rank=max(args.lora_rank, 1), lora_alpha=2.0 * max(args.lora_rank, 1))
+        self.model = Transformer(self.config, lora_config, jnp.dtype(args.dtype))
+        self.base = random_base(
+            self.config, group_size=args.group_size, int4=args.weights == "int4", int4_embeddings=args.int4_embeddings
+        )
+        self.lora = init_lora(jax.random.key(1), lora_config, self.config) if args.lora_rank else {}
+        self.sampling = RolloutConfig(args.group, args.new_tokens, args.temperature, args.top_k, args.top_p, args.min_p)
+        jax.block_until_ready((self.base, self.lora))
+
+    def compile(self, inputs: tuple, row_limits: jax.Array) -> tuple[Any, dict]:
+        """The rollout's program, and what making it took."""
+        began = time.perf_counter()
+        lowered = generate.lower(self.model, *inputs, self.sampling, eos_ids=(), pad_id=0, row_limits=row_limits)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        times = {"trace_s": round(traced - began, 2), "compile_s": round(time.perf_counter() - traced, 2)}
+        analysis = compiled.memory_analysis()
+        return compiled, {**times, "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None)}
+
+    def measure(self, prompts: int) -> dict:
+        """Compile and time the rollout of `prompts` questions."""
+        args, lengths = self.args, completion_lengths(self.args, prompts)
+        tokens = jax.random.randint(jax.random.key(3), (prompts, args.prompt_len), 0, self.config.vocab_size)
+        questions = Prompts(tokens, jnp.full(prompts, args.prompt_len, jnp.int32))
+        limits = jnp.asarray(lengths)
+        inputs = (self.base, self.lora, questions)
+        compiled, about = self.compile((*inputs, jax.random.key(0)), limits)
+
+        def run(seed: int) -> float:
+            key = jax.random.key(seed)
+            began = time.perf_counter()
+            rollout = jax.block_until_ready(compiled(*inputs, key, row_limits=limits))
+            seconds = time.perf_counter() - began
+            np.testing.assert_array_equal(rollout.completion_lengths, lengths)
+            return seconds
+
+        first = run(0)
+        seconds = statistics.median(run(seed) for seed in range(1, args.runs + 1))
+        if args.profile:
+            with jax.profiler.trace(args.profile):
+                run(args.runs + 1)
+        return {**self.report(lengths, seconds), "first_run_s": round(first, 3), **about, **memory()}
+
+    def report(self, lengths: np.ndarray, seconds: float) -> dict:
+        tokens, steps = int(lengths.sum()), int(lengths.max())
+        bound = self.bound(lengths)
+        return {
+            "preset": self.preset,
+            "weights": self.args.weights,
+            "sequences": lengths.size,
+            "prompts": lengths.shape[0],
+            "lengths": self.args.lengths,
+            "tokens": tokens,
+            "longest": steps,
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(tokens / seconds),
+            "ms_per_step": round(1e3 * seconds / steps, 3),
+            "bound_tokens_per_s": bound and round(tokens / bound),
+            "bound_ms_per_step": bound and round(1e3 * bound / steps, 3),
+            "fraction": bound and round(bound / seconds, 3),
+        }
+
+    def bound(self, lengths: np.ndarray) -> float | None:
+        """Seconds that bytes and operations of the decode take at least; None on a device that was not measured."""
+        bandwidth, tflops = device_speed(self.args)
+        if bandwidth is None or tflops is None:
+            return None
+        config, args = self.config, self.args
+        adapter = adapter_parameters(config, args.lora_rank)
+        kv_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(args.kv).itemsize
+        weights = step_weight_bytes(self.base) + adapter * jnp.dtype(args.dtype).itemsize
+        parameters = linear_parameters(config) + config.vocab_size * config.hidden_size + adapter
+        step = np.arange(lengths.max())
+        rows = (lengths[..., None] > step).sum(axis=(0, 1))
+        groups = (lengths.max(axis=1)[:, None] > step).sum(axis=0)
+        moved = weights + kv_token * (groups * args.prompt_len + rows * step)
+        context = args.prompt_len + step
+        operations = rows * (2 * parameters + 4 * config.num_layers * config.num_heads * config.head_dim * context)
+        return float((moved / (bandwidth * 1e12) + operations / (tflops * 1e12)).sum())
+
+
+def device_speed(args: argparse.Namespace) -> tuple[float | None, float | None]:
+    kind = jax.devices()[0].device_kind
+    known = next((speed for name, speed in MEASURED.items() if name in kind), (None, None))
+    return args.bandwidth or known[0], args.tflops or known[1]
+
+
+def adapter_parameters(config: ModelConfig, rank: int) -> int:
+    shapes = module_shapes(config)
+    return config.num_layers * rank * sum(sum(shapes[name]) for name in LINEAR_MODULES)
+
+
+def step_weight_bytes(base: dict) -> int:
+    """Bytes of the weights that a step reads whole: all but an embedding that is not the head as well."""
+    leaves = {name: part for name, part in base.items() if name != "embed" or "head" not in base}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
+
+
+def memory() -> dict:
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return {"peak_bytes": peak, "peak_gb": peak and round(peak / 1e9, 2)}
+
+
+def table(rows: list[dict]) -> str:
+    cells = [COLUMNS, *[tuple("-" if row[name] is None else str(row[name]) for name in COLUMNS) for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def main() -> None:
+    args = arguments()
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **vars(args)}
+    print(json.dumps(about), flush=True)
+    rows = []
+    for preset in args.preset:
+        workload = Workload(args, preset)
+        for prompts in args.prompts:
+            rows.append(workload.measure(prompts))
+            print(json.dumps(rows[-1]), flush=True)
+        del workload
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The example and the benchmark run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from jgrpo.checkpoints.adapter import export_adapter
+from jgrpo.checkpoints.hf import load_model_config
+from jgrpo.config import LoraConfig
+from jgrpo.lora import init_lora
+from tests.tiny_checkpoints import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def test_example_compares_base_and_adapter(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama")
+    config = load_model_config(model)
+    lora = jax.tree.map(lambda x: x + 0.1, init_lora(jax.random.key(0), LoraConfig(lora_rank=4), config))
+    adapter = export_adapter(tmp_path / "adapter", lora, LoraConfig(lora_rank=4), config, str(model))
+    flags = ["--model", str(model), "--adapter", str(adapter), "--max-completion-length", "12"]
+    out = run("examples/generate_with_adapter.py", *flags, "--prompt", "one", "--prompt", "two")
+    assert out.count("prompt : ") == 2
+    base, tuned = (out.split(f"{name}: ")[1].split("\n")[0] for name in ("base   ", "adapter"))
+    assert base != tuned
+
+
+def test_bench_prints_json_and_a_table() -> None:
+    flags = "--preset tiny --dtype float32 --kv float32 --prompts 1 2 --group 2 --prompt-len 4 --new-tokens 9 --runs 1"
+    lines = run(
+        "scripts/bench_rollout.py", *flags.split(), "--lengths", "lognormal", "--bandwidth", "1", "--tflops", "1"
+    )
+    first, *rows = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+    assert first["device"] == jax.devices()[0].device_kind
+    assert [row["sequences"] for row in rows] == [2, 4]
+    for row in rows:
+        assert 0 < row["fraction"] < 1
+        assert row["tokens_per_s"] > 0
+    assert "tokens_per_s" in lines.splitlines()[-3]
