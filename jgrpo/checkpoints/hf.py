@@ -2,13 +2,15 @@
 
 Leaf by leaf: a stacked host array is allocated, every tensor of the leaf is read a block of rows at a time, quantized
 group-wise and written at its layer and row offset (q, k and v share a matrix, so do gate and up), and the leaf is
-moved to the device. The host never holds more than the result, one leaf in flight and one block; on a CPU the device
-takes the host array over without a copy. Names and shapes of all tensors are checked before any data is read.
+moved to the device. Besides that leaf the host holds one block for each reading thread; on a CPU the device takes
+the host array over without a copy. Names and shapes of all tensors are checked before any data is read.
 """
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,7 +40,10 @@ base when it is exported or used on a CPU in float32. The nibbles are chosen for
 _READABLE = ("F32", "F16", "BF16", "F64")
 # Buffers that old checkpoints store although they follow from the config.
 _IGNORED = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")
-_BLOCK_BYTES = 4 * 2**20
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Reading and NumPy release the interpreter lock; each thread holds one block.
+_THREADS = min(8, os.cpu_count() or 1)
+_BLOCK_BYTES = 2**19
 
 
 def load_base(
@@ -59,11 +64,15 @@ def load_base(
     index = tensor_index(directory)
     plan = placements(model_config)
     check_tensors(index, plan, model_config, directory)
+    group_sizes = {leaf: leaf_group_size(leaf, model_config, quantization) for leaf in plan}
     base: Params = {"layers": {}}
     for leaf, shape in leaf_shapes(model_config).items():
-        group_size = leaf_group_size(leaf, model_config, quantization)
         parent = base["layers"] if leaf[0] == "layers" else base
-        parent[leaf[-1]] = _load_leaf(_blocks(index, plan[leaf]), shape, group_size, jnp.dtype(dtype), put)
+        host = _allocate(shape, group_sizes[leaf], jnp.dtype(dtype))
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for done in [pool.submit(_store, host, *block) for block in _blocks(index, plan[leaf])]:
+                done.result()
+        parent[leaf[-1]] = jax.tree.map(put, host)
     return base
 
 
@@ -111,9 +120,10 @@ def check_tensors(
             )
         if info.dtype not in _READABLE:
             raise UserError(f"{info.file}: tensor {name} is {info.dtype}, expected one of {', '.join(_READABLE)}")
-    # Transformers' own loader ignores a stored head of a tied model; so do we.
-    ignored = (*_IGNORED, "lm_head.weight") if model_config.tie_embeddings else _IGNORED
-    unknown = [n for n in index if n not in expected and not any(fnmatch(n, pattern) for pattern in ignored)]
+    unknown = [n for n in index if n not in expected and not any(fnmatch(n, pattern) for pattern in _IGNORED)]
+    if model_config.tie_embeddings and _HEAD in unknown:
+        _check_tied(index, path)
+        unknown.remove(_HEAD)
     if unknown:
         raise UserError(
             f"{path}: tensor {unknown[0]} ({len(unknown)} such) has no place in a {model_config.family} model with "
@@ -121,24 +131,35 @@ def check_tensors(
         )
 
 
-def _load_leaf(
-    blocks: Iterator[tuple[Any, np.ndarray]],
-    shape: tuple[int, ...],
-    group_size: int | None,
-    dtype: np.dtype,
-    put: Callable,
-) -> Any:
+def _check_tied(index: dict[str, TensorInfo], path: Path) -> None:
+    """A tied model may store its head once more, but not another one (transformers unties such a model)."""
+    embed, head = index[_EMBED], index[_HEAD]
+    same = (embed.shape, embed.dtype) == (head.shape, head.dtype)
+    blocks = row_blocks(embed.shape[0], embed.row_bytes, _BLOCK_BYTES)
+    if not same or any((read_rows(embed, *rows) != read_rows(head, *rows)).any() for rows in blocks):
+        raise UserError(
+            f"{path}: config.json ties head and embedding, but {_HEAD} differs from {_EMBED}; set "
+            "tie_word_embeddings to false in config.json"
+        )
+
+
+def _allocate(shape: tuple[int, ...], group_size: int | None, dtype: np.dtype) -> np.ndarray | Int4Weight:
     if group_size is None:
-        host = _empty(shape, dtype)
-        for window, block in blocks:
-            host[window] = block.astype(dtype)
-        return put(host)
-    packed = _empty((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8))
-    scales = _empty((*shape[:-1], shape[-1] // group_size), SCALE_DTYPE)
-    for window, block in blocks:
-        part = quantize(block, group_size, SCALE_DTYPE)
-        packed[window], scales[window] = part.packed, part.scales
-    return Int4Weight(put(packed), put(scales))
+        return _empty(shape, dtype)
+    # Host arrays in a pytree whose fields are annotated for the device.
+    packed: Any = _empty((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8))
+    scales: Any = _empty((*shape[:-1], shape[-1] // group_size), SCALE_DTYPE)
+    return Int4Weight(packed, scales)
+
+
+def _store(host: Any, window: Any, info: TensorInfo, start: int, stop: int) -> None:
+    """Read rows [start, stop) of a tensor into `host[window]`, quantizing them if `host` is an `Int4Weight`."""
+    rows = read_rows(info, start, stop)
+    if isinstance(host, Int4Weight):
+        part = quantize(rows, host.group_size, SCALE_DTYPE)
+        host.packed[window], host.scales[window] = part.packed, part.scales
+    else:
+        host[window] = rows
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -149,10 +170,12 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _blocks(index: dict[str, TensorInfo], placed: list[Placement]) -> Iterator[tuple[Any, np.ndarray]]:
-    """(index into the stacked leaf, the rows that belong there) of every block of a leaf's tensors."""
+def _blocks(
+    index: dict[str, TensorInfo], placed: list[Placement]
+) -> Iterator[tuple[slice | tuple[int, slice], TensorInfo, int, int]]:
+    """(place in the stacked leaf, tensor, first row, last row + 1) of every block of a leaf."""
     for placement in placed:
         info = index[placement.name]
         for start, stop in row_blocks(info.shape[0], info.row_bytes, _BLOCK_BYTES):
             rows = slice(placement.start + start, placement.start + stop)
-            yield rows if placement.layer is None else (placement.layer, rows), read_rows(info, start, stop)
+            yield rows if placement.layer is None else (placement.layer, rows), info, start, stop

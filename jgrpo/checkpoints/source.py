@@ -16,6 +16,8 @@ from jgrpo.models import ModelConfig, model_config_from_hf
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+# The same weights once more, in their authors' own format.
+_NOT_DOWNLOADED = ("consolidated*", "original/*")
 
 
 def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
@@ -45,7 +47,9 @@ def _download(repository: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_DOWNLOADED)))
+        snapshot = snapshot_download(
+            repository, revision=revision, allow_patterns=list(_DOWNLOADED), ignore_patterns=list(_NOT_DOWNLOADED)
+        )
     except HFValidationError as error:
         raise UserError(
             f"model {repository!r}: no such directory, and not a hub id like 'Qwen/Qwen2.5-1.5B'"
@@ -65,6 +69,7 @@ def _download(repository: str, revision: str | None) -> Path:
             f"model {repository!r}: no such directory, and the hub could not be reached ({type(error).__name__}); "
             "go online once, or give the path of a downloaded checkpoint"
         ) from error
+    return Path(snapshot)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -55,6 +55,18 @@ def test_sharded_and_single_file_are_the_same(pristine, checkpoint):
     jax.tree.map(np.testing.assert_array_equal, load(checkpoint), load(pristine))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_config_of_transformers_4_is_read_alike(tmp_path, family):
+    path = make_checkpoint(tmp_path, family)
+    expected = load_model_config(path)
+    config = json.loads((path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    (path / "config.json").write_text(json.dumps(config))
+    assert load_model_config(path) == expected
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_half_precision_checkpoints(tmp_path, stored):
     path = make_checkpoint(tmp_path, "qwen2", dtype=stored)
@@ -158,6 +170,18 @@ class TestBadInput:
         edit_tensors(checkpoint, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}))
         with pytest.raises(UserError, match=r"q_proj\.bias .*has no place in a qwen3 model"):
             load(checkpoint)
+
+    def test_tied_head_that_differs(self, tmp_path):
+        path = make_checkpoint(tmp_path, "qwen2")
+        tensors = safetensors.torch.load_file(path / "model.safetensors")
+        expected = load(path)
+        head = tensors["model.embed_tokens.weight"].clone()
+        safetensors.torch.save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors")
+        jax.tree.map(np.testing.assert_array_equal, load(path), expected)
+        head[-1, 0] += 1
+        safetensors.torch.save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors")
+        with pytest.raises(UserError, match=r"lm_head\.weight differs from .*set tie_word_embeddings to false"):
+            load(path)
 
     def test_integer_weights(self, checkpoint):
         edit_tensors(checkpoint, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}))

@@ -8,12 +8,30 @@ import torch
 
 import pallas_kernels
 from jgrpo.models import KVCache
+from jgrpo.models.attention import QUERY_BLOCK
 
-from .conftest import assert_same_logits, hidden_states, make_tokens, our_logits, real, their_logits, to_logits
+from .conftest import (
+    assert_same_logits,
+    build_case,
+    hidden_states,
+    make_tokens,
+    our_logits,
+    real,
+    their_logits,
+    to_logits,
+)
 
 
 def test_logits_of_padded_rows_equal_transformers_row_by_row(case):
     tokens, lengths = make_tokens()
+    ours = our_logits(case.model(), case.base, {}, tokens, lengths)
+    assert_same_logits(ours, their_logits(case.theirs, tokens, lengths))
+
+
+def test_rows_longer_than_a_block_of_queries(tmp_path_factory):
+    case = build_case("qwen2-mixed-windows", tmp_path_factory)
+    tokens = np.random.default_rng(5).integers(0, 263, (2, QUERY_BLOCK + 44), dtype=np.int32)
+    lengths = np.asarray([QUERY_BLOCK + 44, QUERY_BLOCK + 1], np.int32)
     ours = our_logits(case.model(), case.base, {}, tokens, lengths)
     assert_same_logits(ours, their_logits(case.theirs, tokens, lengths))
 
