@@ -63,7 +63,7 @@ def train(config: TrainConfig, reward_functions: RewardFunctions = ()) -> TrainS
         config = check_directory(config)
         # Everything that can be wrong is looked at before the weights, which take longest.
         path = resolve_checkpoint(config.model.model, config.model.revision)
-        tokenizer, context = load_tokenizer(path), load_model_config(path).max_position_embeddings
+        context, tokenizer = load_model_config(path).max_position_embeddings, load_tokenizer(path)
         task = load_task(config, tokenizer, context, reward_functions)
         policy = load_policy(config.model, config.quantization, config.lora, tokenizer)
         claim_directory(config)
