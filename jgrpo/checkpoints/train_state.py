@@ -166,7 +166,7 @@ def _targets(tree: Any) -> Any:
 def _unbind(wanted: Any, restored: jax.Array) -> jax.Array:
     if _place(wanted) is not None:
         return restored
-    if jax.dtypes.issubdtype(restored.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(restored.dtype, jax.dtypes.prng_key):
         data = jnp.asarray(np.asarray(jax.random.key_data(restored)))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(restored))
     return jnp.asarray(np.asarray(restored))

@@ -86,8 +86,8 @@ def token_logprobs(
     tokens, lengths = packed_tokens(rows)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     variables = {"params": base, "lora": lora}
-    hidden = model.apply(variables, tokens, lengths, remat=remat, dropout=dropout_key is not None, rngs=rngs)
-    head = model.apply(variables, method="head_weight")
+    hidden: Any = model.apply(variables, tokens, lengths, remat=remat, dropout=dropout_key is not None, rngs=rngs)
+    head: Any = model.apply(variables, method="head_weight")
     flat = completion_hidden(hidden, rows).reshape(-1, hidden.shape[-1])
     targets = rows.completion_tokens.reshape(-1)
     arrays = (head.packed, head.scales) if isinstance(head, Int4Weight) else head
