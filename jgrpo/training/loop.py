@@ -9,7 +9,7 @@ a resumed run has every line that an uninterrupted one has.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgrpo.algorithms import objective_from_config
+from jgrpo.algorithms import check_objective, objective_from_config
 from jgrpo.checkpoints.adapter import export_adapter
 from jgrpo.checkpoints.hf import load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
@@ -60,14 +60,16 @@ def train(config: TrainConfig, reward_functions: RewardFunctions = ()) -> TrainS
         Stopped: SIGTERM or SIGINT came; everything is saved.
     """
     with StopSignals() as signals:
+        check_objective(config.algorithm)
         config = check_directory(config)
+        reporter = make_reporter(config)
         # Everything that can be wrong is looked at before the weights, which take longest.
         path = resolve_checkpoint(config.model.model, config.model.revision)
         context, tokenizer = load_model_config(path).max_position_embeddings, load_tokenizer(path)
         task = load_task(config, tokenizer, context, reward_functions)
         policy = load_policy(config.model, config.quantization, config.lora, tokenizer)
         claim_directory(config)
-        run = Run(config, policy, task, signals)
+        run = Run(config, policy, task, reporter, signals)
         try:
             return run.train()
         finally:
@@ -82,14 +84,13 @@ class Run:
         num_tokens: prompt and completion tokens trained on so far.
     """
 
-    def __init__(self, config: TrainConfig, policy: Policy, task: Task, signals: StopSignals):
-        self.config, self.policy, self.task, self.signals = config, policy, task, signals
+    def __init__(self, config: TrainConfig, policy: Policy, task: Task, reporter: Reporter, signals: StopSignals):
+        self.config, self.policy, self.task, self.reporter, self.signals = config, policy, task, reporter, signals
         self.directory = Path(config.run.output_dir)
         self.objective = objective_from_config(config.algorithm)
         updates = config.training.steps * config.algorithm.num_iterations * config.algorithm.num_minibatches
         self.optimizer = make_optimizer(config.optimizer, updates)
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.run.keep_last)
-        self.reporter: Reporter = make_reporter(config)
         self.compilations = CompileCounter()
         init_key, run_key, self.evaluation_key = jax.random.split(jax.random.key(config.training.seed), 3)
         lora = init_lora(init_key, config.lora, policy.model.config)
@@ -102,20 +103,19 @@ class Run:
         """Every step that is left, then the exports."""
         restored = self._restore()
         self.reporter.start(self.config, self._plan(), FRESH if restored is None else restored)
-        if restored is None:
-            self._before_training()
         try:
-            for step in range((restored or 0) + 1, self.config.training.steps + 1):
+            if restored is None:
+                self._before_training()
+            for step in range(int(self.state.step) + 1, self.config.training.steps + 1):
                 self._step(step)
                 self._stop_if_asked()
-        except Stopped as stopped:
-            done = int(self.state.step)
-            self._save(done)
-            self.summary = f"stopped by a signal after step {done}; continue with --resume"
-            raise stopped
-        self._save(self.config.training.steps)
+        except Stopped:
+            self.summary = f"stopped by a signal after step {int(self.state.step)}; continue with --resume"
+            self._save()
+            raise
+        self._save()
         self._export()
-        self.summary = f"done: {self.config.training.steps} steps; the adapter is in {self.directory / ADAPTER}"
+        self.summary = f"done: {int(self.state.step)} steps; the adapter is in {self.directory / ADAPTER}"
         return self.state
 
     def close(self) -> None:
@@ -125,9 +125,10 @@ class Run:
         self.compilations.close()
 
     def _before_training(self) -> None:
-        self._stop_if_asked()
+        """The evaluation of step 0. It comes before the first chance to stop: a saved state has its line in the log."""
         if self.task.held_out is not None:
             self.reporter.log(0, self._evaluate())
+        self._stop_if_asked()
 
     def _step(self, step: int) -> None:
         times: dict[str, float] = {}
@@ -144,27 +145,26 @@ class Run:
         self._stop_if_asked()
         with _timed(times, "update"):
             metrics = self._update(batch, cursor)
-        seconds = time.perf_counter() - began
         self._check_compilations(step, self.compilations.count - compiled)
-        tokens = int(experience.lengths.sum())
-        prompt_tokens = experience.lengths.shape[1] * sum(len(example.token_ids) for example in examples)
-        self.num_tokens += tokens + prompt_tokens
-        skipped_in_a_row = int(self.state.nonfinite)
-        values = {
-            "epoch": cursor.epoch + cursor.index / len(self.task.prompts),
-            **reward_metrics,
-            **metrics,
-            "num_tokens": self.num_tokens,
-            "step_time": seconds,
-            **{f"time/{phase}": spent for phase, spent in times.items()},
-            "throughput/rollout_tokens_per_s": tokens / times["rollout"],
-            "throughput/train_tokens_per_s": (tokens + prompt_tokens) / times["update"],
-            **memory_metrics(),
-        }
+        times["step"] = time.perf_counter() - began
+        progress = {"epoch": cursor.epoch + cursor.index / len(self.task.prompts)}
+        values = {**progress, **reward_metrics, **metrics, **self._throughput(experience, times), **memory_metrics()}
         self._report(step, values, experience, batch)
-        check_finite(skipped_in_a_row, self.config.training.max_nonfinite_steps, step)
+        check_finite(int(self.state.nonfinite), self.config.training.max_nonfinite_steps, step)
         if self.config.run.save_every and step % self.config.run.save_every == 0:
-            self._save(step)
+            self._save()
+
+    def _throughput(self, experience: Experience, times: Mapping[str, float]) -> dict[str, float]:
+        completions = int(experience.lengths.sum())
+        prompts = experience.lengths.shape[1] * sum(len(example.token_ids) for example in experience.examples)
+        self.num_tokens += prompts + completions
+        return {
+            "num_tokens": self.num_tokens,
+            "step_time": times["step"],
+            **{f"time/{phase}": times[phase] for phase in ("rollout", "reward", "update")},
+            "throughput/rollout_tokens_per_s": completions / times["rollout"],
+            "throughput/train_tokens_per_s": (prompts + completions) / times["update"],
+        }
 
     def _next_prompts(self) -> tuple[list[Example], Cursor]:
         prompts, training = self.task.prompts, self.config.training
@@ -248,9 +248,9 @@ class Run:
         if self.steps_here > WARM_STEPS and count:
             self.reporter.warn(f"step {step} compiled {count} programs; shapes should be fixed after the first steps")
 
-    def _save(self, step: int) -> None:
+    def _save(self) -> None:
         rest = dataclasses.replace(self.state, lora={})
-        self.checkpoints.save(step, self.state.lora, rest, {"num_tokens": self.num_tokens})
+        self.checkpoints.save(int(self.state.step), self.state.lora, rest, {"num_tokens": self.num_tokens})
 
     def _restore(self) -> int | None:
         """Load the newest checkpoint of a resumed run; returns its step, None if there is nothing to load."""
