@@ -80,6 +80,19 @@ def test_the_cache_is_updated_in_place(compiled: jax.stages.Compiled, int4_polic
     assert [line for line, _, size in instructions(body, named="copy") if size >= cache] == []
 
 
+def test_the_search_finds_a_copied_cache() -> None:
+    """A loop that keeps the cache of the step before has to copy it."""
+
+    def step(i, carry):
+        cache, _ = carry
+        return cache.at[i].set(cache.sum()), cache
+
+    cache = jnp.ones((64, 32))
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, 10, step, (x, x)))
+    body = loop_bodies(loop.lower(cache).compile().as_text())
+    assert any(size >= cache.size for _, _, size in instructions(body, named="copy"))
+
+
 def test_temporary_memory_is_two_caches_and_little_else(
     compiled: jax.stages.Compiled, int4_policy: Policy, prompts: Prompts
 ) -> None:

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 import jgrpo
@@ -17,7 +16,7 @@ from jgrpo.generate import LoadedModel, load, main
 from jgrpo.lora import init_lora
 from tests.tiny_checkpoints import make_checkpoint
 
-SETTINGS = dict(max_completion_length=12, num_generations=2, seed=3)
+SETTINGS = dict(max_completion_length=12, num_generations=4, seed=3)
 PROMPTS = ["two plus two is", "x", "The capital of France is"]
 
 
@@ -42,8 +41,9 @@ def adapter(checkpoint: Path, model: LoadedModel, tmp_path_factory: pytest.TempP
 
 def test_one_call_with_a_list_of_strings(checkpoint: Path, model: LoadedModel) -> None:
     texts = jgrpo.generate(checkpoint, PROMPTS, **SETTINGS)
-    assert [len(group) for group in texts] == [2, 2, 2]
+    assert [len(group) for group in texts] == [4, 4, 4]
     assert all(isinstance(text, str) for group in texts for text in group)
+    assert [len(set(group)) for group in texts] == [4, 4, 4]
     assert texts == jgrpo.generate(model, PROMPTS, **SETTINGS)
     assert texts != jgrpo.generate(model, PROMPTS, **{**SETTINGS, "seed": 4})
 
@@ -137,9 +137,3 @@ def test_importing_the_package_loads_nothing_and_the_name_is_callable_either_way
         "import jgrpo.generate; assert f is jgrpo.generate and callable(f)"
     )
     subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], check=True)
-
-
-def test_seeds_give_other_completions_of_a_prompt(model: LoadedModel) -> None:
-    texts = jgrpo.generate(model, ["x"], **{**SETTINGS, "num_generations": 8})[0]
-    assert len(set(texts)) > 4
-    assert np.mean([len(text) > 0 for text in texts]) > 0.5
