@@ -1,6 +1,9 @@
 """One run from prompts to adapter, and every way to be told that it cannot be."""
 
+import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +153,36 @@ def test_learning_rate_zero_moves_nothing_but_the_dice(tiny_run, tmp_path):
     assert [prompt for prompt, _ in by_prompt[0]] == [prompt for prompt, _ in by_prompt[1]]
     assert by_prompt[0] != by_prompt[1]
     assert all(row["kl"] == pytest.approx(0, abs=1e-10) for row in lines(tmp_path / "run")[1:])
+
+
+def test_interrupted_in_a_reward_saves_the_step_before(tiny_run, tmp_path):
+    """Ctrl-C while step 3 is being judged: exit code 130, the state of step 2 saved, its rollout thrown away."""
+
+    def interrupting(completions, trainer_state=None, **columns):
+        if trainer_state is not None and trainer_state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return vowels(completions)
+
+    interrupting.__name__ = "vowels"
+    config = configured(tiny_run, tmp_path / "run", steps=4, save_every=0, eval_every=0, reward_functions=())
+    with pytest.raises(SystemExit) as stopped:
+        train(config, reward_functions=[interrupting])
+    assert stopped.value.code == 130
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2]
+    resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
+    assert train(resumed, reward_functions=[vowels]).step == 4
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_run_that_diverges_is_aborted(tiny_run, tmp_path):
+    """An absurd learning rate: the updates after the first are skipped and counted, then the run gives up."""
+    config = configured(tiny_run, tmp_path / "run", learning_rate=1e38, max_nonfinite_steps=2, eval_every=0)
+    with pytest.raises(UserError, match="2 updates in a row"):
+        train(config)
+    rows = lines(tmp_path / "run")
+    assert [row["updates/skipped"] for row in rows] == [0, 1, 1]
+    assert rows[-1]["grad_norm"] is None or rows[-1]["loss"] is None
 
 
 def test_output_dir_in_use(tiny_run, tmp_path):
