@@ -250,14 +250,14 @@ def decode_attention(
     config: tuning.AttentionConfig | None = None,
 ):
     """Launch the two kernels; the arguments are those of `pallas_kernels.decode_attention`."""
-    import jax_triton
+    from pallas_kernels.triton_launch import triton_call
 
     questions, generations, heads, head_dim = q.shape
     kv_heads = k.shape[3]
     config = config or tuning.attention_config(questions * generations * kv_heads, questions * kv_heads, head_dim)
     constants = kernel_constants(q, prompt_k, k, scale, window, config)
     rows, splits = questions * generations * heads, config.prompt_splits + config.suffix_splits
-    stats, values = jax_triton.triton_call(
+    stats, values = triton_call(
         q,
         prompt_k,
         prompt_v,
@@ -278,7 +278,7 @@ def decode_attention(
         LENGTH_IS_POINTER=isinstance(length, jax.Array),
         **constants,
     )
-    out = jax_triton.triton_call(
+    out = triton_call(
         stats,
         values,
         kernel=merge_kernel,
