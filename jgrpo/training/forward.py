@@ -57,7 +57,9 @@ def packed_tokens(rows: Rows) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
 def completion_hidden(hidden: Float[Array, "B T D"], rows: Rows) -> Float[Array, "B C D"]:
     """Hidden state that predicts each completion token: token c stands at prompt_length + c."""
     predicting = rows.prompt_lengths[:, None] - 1 + jnp.arange(rows.completion_tokens.shape[1])
-    return jnp.take_along_axis(hidden, predicting[..., None], axis=1)
+    row = jnp.arange(predicting.shape[0])[:, None]
+    # Said to be unique and in bounds, so that the gradient is a scatter without atomics: faster, and reproducible.
+    return hidden.at[row, predicting].get(unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
 
 
 def token_logprobs(

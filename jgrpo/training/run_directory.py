@@ -3,16 +3,18 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from jgrpo.cli import load_config, save_config
-from jgrpo.config import TrainConfig
+from jgrpo.config import AnyConfig, SftConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.validation import check_resume, with_output_dir
 
+C = TypeVar("C", TrainConfig, SftConfig)
 CONFIG, CHECKPOINTS, ADAPTER = "config.yaml", "checkpoints", "adapter"
 
 
-def check_directory(config: TrainConfig) -> TrainConfig:
+def check_directory(config: C) -> C:
     """The configuration with its output directory's name filled in; writes nothing.
 
     Raises:
@@ -21,7 +23,7 @@ def check_directory(config: TrainConfig) -> TrainConfig:
     return _resumed(config) if config.run.resume else _started(config)
 
 
-def _started(config: TrainConfig) -> TrainConfig:
+def _started(config: C) -> C:
     config = with_output_dir(config)
     directory = Path(config.run.output_dir)
     if directory.is_dir() and any(directory.iterdir()):
@@ -36,17 +38,17 @@ def _started(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _resumed(config: TrainConfig) -> TrainConfig:
+def _resumed(config: C) -> C:
     directory = Path(config.run.output_dir)
     if "{time}" in config.run.output_dir:
         raise UserError("--resume needs --output-dir: the directory of the run to continue")
     if not (directory / CONFIG).is_file():
         raise UserError(f"--resume: {directory} holds no {CONFIG}, so there is no run to continue in it")
-    check_resume(load_config(directory / CONFIG), config)
+    check_resume(load_config(directory / CONFIG, type(config)), config)
     return config
 
 
-def claim_directory(config: TrainConfig) -> None:
+def claim_directory(config: AnyConfig) -> None:
     """Make the directory and write `config.yaml` into it.
 
     Raises:
