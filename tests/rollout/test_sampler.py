@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -151,6 +152,17 @@ def test_completions_of_a_group_differ(policy: Policy, prompts: Prompts) -> None
     tokens = np.asarray(sample(policy, prompts, eos_ids=()).completion_tokens)
     for group in tokens:
         assert len({row.tobytes() for row in group}) == len(group)
+
+
+def test_steps_and_rows_draw_independently(policy: Policy, prompts: Prompts) -> None:
+    """With equal logits everywhere a token says which random number it was drawn with."""
+    flat = policy._replace(base={**policy.base, "head": jnp.zeros_like(policy.base["head"])})
+    tokens = np.asarray(sample(flat, prompts, eos_ids=()).completion_tokens).reshape(15, -1)
+    vocab, (rows, steps) = 97, tokens.shape
+    assert scipy.stats.chisquare(np.bincount(tokens.ravel(), minlength=vocab)).pvalue > 1e-3
+    # Neighbours in time and rows beside each other are equal as often as chance has it, 1 in 97.
+    assert (tokens[:, 1:] == tokens[:, :-1]).sum() < 4 * rows * steps / vocab
+    assert (tokens[1:] == tokens[:-1]).sum() < 4 * rows * steps / vocab
 
 
 def test_prompts_of_different_lengths_together_equal_each_alone(policy: Policy, prompts: Prompts) -> None:
