@@ -54,6 +54,14 @@ def load(
     return _load(settings, QuantizationConfig(quantization=quantization), adapter)
 
 
+def load_run(run: str | Path) -> LoadedModel:
+    """The model of a training run as it was trained (quantization, dtype), with the run's newest adapter."""
+    if not Path(run, "config.yaml").is_file():
+        raise UserError(f"run {run}: no config.yaml in it; expected the output directory of a training run")
+    config = load_config(Path(run, "config.yaml"))
+    return _load(config.model, config.quantization, None, str(run))
+
+
 def generate(
     model: str | Path | LoadedModel,
     prompts: Sequence[Prompt],
@@ -72,7 +80,8 @@ def generate(
     """`num_generations` completions of every prompt, special tokens left out: `[prompts][num_generations]`.
 
     Args:
-        model: directory or hub id of a Hugging Face checkpoint, "demo", or what `load` returned.
+        model: directory or hub id of a Hugging Face checkpoint or "demo", held in int4; or what `load` (which has other
+            choices) or `load_run` returned.
         prompts: strings, taken as they are, or lists of chat messages.
         adapter: directory of a PEFT adapter, such as a run's `adapter/`; for a model given by name.
         temperature: 0 takes the most likely token every time.

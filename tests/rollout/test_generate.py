@@ -12,7 +12,7 @@ from jgrpo.checkpoints.adapter import export_adapter
 from jgrpo.cli import save_config
 from jgrpo.config import LoraConfig, ModelSettings, RolloutConfig, TrainConfig
 from jgrpo.errors import UserError
-from jgrpo.generate import LoadedModel, load, main
+from jgrpo.generate import LoadedModel, load, load_run, main
 from jgrpo.lora import init_lora
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -120,6 +120,14 @@ def test_the_command_takes_an_adapter_or_a_run(
     assert capsys.readouterr().out == expected + "\n"
     main([*flags, "--run", str(run)])
     assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_run_is_loaded_as_it_was_trained(checkpoint: Path, adapter: Path, run: Path, tmp_path: Path) -> None:
+    settings = dict(max_completion_length=12, temperature=0.0)
+    expected = jgrpo.generate(checkpoint, PROMPTS, adapter, **settings)
+    assert jgrpo.generate(load_run(run), PROMPTS, **settings) == expected
+    with pytest.raises(UserError, match="no config.yaml"):
+        load_run(tmp_path)
 
 
 def test_bad_flags_of_the_command_are_one_line(run: Path, adapter: Path) -> None:
