@@ -126,7 +126,7 @@ def test_a_run_is_loaded_as_it_was_trained(checkpoint: Path, adapter: Path, run:
     settings = dict(max_completion_length=12, temperature=0.0)
     expected = jgrpo.generate(checkpoint, PROMPTS, adapter, **settings)
     assert jgrpo.generate(load_run(run), PROMPTS, **settings) == expected
-    with pytest.raises(UserError, match="no config.yaml"):
+    with pytest.raises(UserError, match="output directory"):
         load_run(tmp_path)
 
 
