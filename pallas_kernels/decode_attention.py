@@ -22,6 +22,7 @@ def decode_attention(
     layer: Int[Array, ""] | int,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "Q G H Hd"]:
     """softmax(scale * q K^T) V over the prompt slots < prompt_lengths and the suffix slots < length.
@@ -33,6 +34,7 @@ def decode_attention(
       window: keys further back than `window - 1` positions are invisible; a row's position is
         prompt_lengths + length - 1. None: everything before is visible. A traced window (layers that differ) always
         takes the reference.
+      softcap: c makes the scores c * tanh(score / c), the factor `scale` included (Gemma 2); always the reference.
       implementation: "reference", "triton", or None for the rule in `dispatch.py`.
 
     Raises:
@@ -45,14 +47,16 @@ def decode_attention(
     chosen = dispatch.resolve(
         "decode_attention",
         implementation,
-        dispatch.decode_attention_rule(device, q.dtype, head_dim, static_window),
-        dispatch.decode_attention_problem(device, q.dtype, head_dim, static_window),
+        dispatch.decode_attention_rule(device, q.dtype, head_dim, static_window, softcap),
+        dispatch.decode_attention_problem(device, q.dtype, head_dim, static_window, softcap),
     )
     if chosen == dispatch.TRITON:
         from pallas_kernels.decode_attention_triton import decode_attention as fused
 
         return fused(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window)
-    return reference.decode_attention(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window)
+    return reference.decode_attention(
+        q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, softcap
+    )
 
 
 def _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v) -> None:

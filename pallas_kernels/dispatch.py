@@ -82,7 +82,9 @@ def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int) -> str:
     return TRITON if m <= INT4_CROSSOVER_ROWS.get(device.capability[0], 256) else REFERENCE
 
 
-def decode_attention_problem(device: Device, dtype, head_dim: int, static_window: bool = True) -> str | None:
+def decode_attention_problem(
+    device: Device, dtype, head_dim: int, static_window: bool = True, softcap: float | None = None
+) -> str | None:
     """Why the decode-attention kernel cannot run this shape; None when it can."""
     if problem := _triton_problem(device, dtype):
         return problem
@@ -90,12 +92,16 @@ def decode_attention_problem(device: Device, dtype, head_dim: int, static_window
         return f"head_dim must be one of {ATTENTION_HEAD_DIMS}, got {head_dim}"
     if not static_window:
         return "the window must be a Python int, got a traced array"
+    if softcap is not None:
+        return "it has no soft-cap of the scores"
     return None
 
 
-def decode_attention_rule(device: Device, dtype, head_dim: int, static_window: bool = True) -> str:
+def decode_attention_rule(
+    device: Device, dtype, head_dim: int, static_window: bool = True, softcap: float | None = None
+) -> str:
     """The kernel wherever it can run: plain XLA reads the whole cache and copies it out of its stack."""
-    return REFERENCE if decode_attention_problem(device, dtype, head_dim, static_window) else TRITON
+    return REFERENCE if decode_attention_problem(device, dtype, head_dim, static_window, softcap) else TRITON
 
 
 def resolve(op: str, implementation: str | None, chosen: str, problem: str | None) -> str:

@@ -58,10 +58,14 @@ def _unpack(packed, PTX: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _scaled(values, scales, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
-    """[ROWS, GROUPS * HALF] times [ROWS, GROUPS], each group by its scale."""
-    grouped = tl.reshape(values, (ROWS, GROUPS, HALF)) * scales[:, :, None]
-    return tl.reshape(grouped, (ROWS, GROUPS * HALF))
+def _dequantized(
+    packed, scales, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Bytes [ROWS, GROUPS * HALF] and scales [ROWS, GROUPS] -> weights [ROWS, GROUPS * 2 * HALF]; registers only."""
+    low, high = _unpack(packed, PTX, DTYPE)
+    low = tl.reshape(low, (ROWS, GROUPS, HALF)) * scales[:, :, None]
+    high = tl.reshape(high, (ROWS, GROUPS, HALF)) * scales[:, :, None]
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), (ROWS, GROUPS * 2 * HALF))
 
 
 @triton.jit
@@ -86,6 +90,7 @@ def int4_matmul_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP: tl.constexpr,
+    WGMMA: tl.constexpr,
     STAGES: tl.constexpr,
     PTX: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -110,37 +115,28 @@ def int4_matmul_kernel(
     safe_n = tl.minimum(rows_n, N - 1)
 
     byte = tl.arange(0, BYTES)
-    x_ptrs = x_ptr + safe_m[:, None] * K + ((byte // HALF) * GROUP + byte % HALF)[None, :]
+    x_ptrs = x_ptr + safe_m[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
     scale_ptrs = scales_ptr + safe_n[:, None] * (K // GROUP) + tl.arange(0, GROUPS)[None, :]
-    if SWAP:  # [BLOCK_N / 8, BYTES / 16, 8, 16]
+    if WGMMA:  # [BLOCK_N / 8, BYTES / 16, 8, 16]
         eights = tl.arange(0, BLOCK_N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
         columns = tl.arange(0, BYTES // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
         offsets = tl.minimum(tl.program_id(1) * BLOCK_N + eights, N - 1) * (K // 2) + columns
         # Only the last axis is contiguous. The other hints order the axes of the copy: neighbouring threads take the 8
         # rows first, which fills a shared-memory line, then the columns, which fills a memory sector.
         packed_ptrs = packed_ptr + tl.max_contiguous(offsets, (1, 2, 4, 16))
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
         packed_ptrs = packed_ptr + safe_n[:, None] * (K // 2) + byte[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
-        x_low = tl.load(x_ptrs + block * BLOCK_K)
-        x_high = tl.load(x_ptrs + block * BLOCK_K + HALF)
+        x = tl.load(x_ptrs + block * BLOCK_K)
         packed = tl.load(packed_ptrs + block * BYTES)
         scales = tl.load(scale_ptrs + block * GROUPS).to(DTYPE)
-        if SWAP:
+        if WGMMA:
             blocks = tl.reshape(packed, (BLOCK_N // 8, BYTES // 16, 8, 4, 2, 2))
             packed = tl.reshape(tl.permute(blocks, (0, 2, 1, 4, 3, 5)), (BLOCK_N, BYTES))
-        low, high = _unpack(packed, PTX, DTYPE)
-        low = _scaled(low, scales, BLOCK_N, GROUPS, HALF)
-        high = _scaled(high, scales, BLOCK_N, GROUPS, HALF)
-        if SWAP:
-            acc = tl.dot(low, tl.trans(x_low), acc)
-            acc = tl.dot(high, tl.trans(x_high), acc)
-        else:
-            acc = tl.dot(x_low, tl.trans(low), acc)
-            acc = tl.dot(x_high, tl.trans(high), acc)
+        weights = _dequantized(packed, scales, BLOCK_N, GROUPS, HALF, PTX, DTYPE)
+        acc = tl.dot(weights, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(weights), acc)
 
     if R > 0 and split == 0:
         rank = tl.arange(0, R_PAD)
@@ -179,7 +175,8 @@ def kernel_constants(m: int, n: int, k: int, group: int, rank: int, config: tuni
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k,
-        "SWAP": config.swap,
+        "SWAP": config.product != tuning.MMA,
+        "WGMMA": config.product == tuning.WGMMA,
         "STAGES": config.stages,
     }
 
@@ -191,16 +188,16 @@ def grid(m: int, n: int, config: tuning.Int4Config) -> tuple[int, int, int]:
 
 def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
     """Launch the kernel; the arguments are those of `pallas_kernels.int4_matmul`, `config` overrides the tuned blocks."""
-    import jax_triton
+    from pallas_kernels.triton_launch import triton_call
 
     (m, k), n, group = x.shape, packed.shape[-2], reference.group_size(packed, scales)
     config = config or tuning.int4_config(m, n, k, group)
     rank = 0 if xa is None else xa.shape[1]
-    x = permute_columns(x) if config.swap else x
+    x = permute_columns(x) if config.product == tuning.WGMMA else x
     unused = scales  # a pointer that the kernel never follows
     partial_sums = config.split_k > 1
     out_shape = (config.split_k, m, n) if partial_sums else (m, n)
-    out = jax_triton.triton_call(
+    out = triton_call(
         x,
         packed,
         scales,

@@ -73,6 +73,7 @@ def decode_attention(
     layer: Int[Array, ""] | int,
     scale: float,
     window: int | Int[Array, ""] | None,
+    softcap: float | None = None,
 ) -> Float[Array, "Q G H Hd"]:
     """One softmax in float32 over the shared prompt and the row's own suffix."""
     prompt_k, prompt_v, k, v = (take_layer(stack, layer) for stack in (prompt_k, prompt_v, k, v))
@@ -81,6 +82,8 @@ def decode_attention(
     prompt_scores = einsum_f32("qgknd,qkpd->qgknp", grouped, prompt_k)
     suffix_scores = einsum_f32("qgknd,qgkcd->qgknc", grouped, k)
     scores = scale * jnp.concatenate([prompt_scores, suffix_scores], axis=-1)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
 
     visible = visible_slots(prompt_lengths, length, prompt_k.shape[2], k.shape[3], window)
     probs = jax.nn.softmax(jnp.where(visible[:, None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)

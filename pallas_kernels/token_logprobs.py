@@ -19,6 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, reference
 
+Transform = tuple[float, float | None]
+"""(temperature, softcap): how logits become z."""
+
 
 def token_logprobs(
     hidden: Float[Array, "N D"],
@@ -26,6 +29,7 @@ def token_logprobs(
     targets: Int[Array, "N"],
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
     chunk: int = 4096,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
@@ -36,6 +40,7 @@ def token_logprobs(
     Args:
       head: the output matrix, or (packed, scales) of an int4 one, which is frozen.
       targets: token ids in [0, V); use any valid id where a position is masked later.
+      softcap: c makes the logits c * tanh(logit / c) before the temperature divides them (Gemma 2).
       chunk: positions whose logits exist at the same time.
       implementation: "reference" or None; there is one implementation on every backend.
 
@@ -51,7 +56,7 @@ def token_logprobs(
         )
     if temperature <= 0 or chunk <= 0:
         raise ValueError(f"token_logprobs: temperature and chunk must be positive, got {temperature} and {chunk}")
-    return _token_logprobs(float(temperature), int(chunk), hidden, head, targets)
+    return _token_logprobs((float(temperature), softcap), int(chunk), hidden, head, targets)
 
 
 def _chunked(array: Array, chunk: int) -> Array:
@@ -74,13 +79,21 @@ def _head_weight(hidden, head) -> tuple[Array, Array]:
     return hidden, head.astype(hidden.dtype)
 
 
-def _scaled_logits(hidden, weight, temperature: float) -> Float[Array, "N V"]:
-    return reference.einsum_f32("nd,vd->nv", hidden, weight) / temperature
+def _scaled_logits(hidden, weight, transform: Transform) -> Float[Array, "N V"]:
+    temperature, softcap = transform
+    logits = reference.einsum_f32("nd,vd->nv", hidden, weight)
+    return (logits if softcap is None else softcap * jnp.tanh(logits / softcap)) / temperature
 
 
-def _chunk_logprobs(temperature: float, hidden, head, targets):
+def _scale_slope(z, transform: Transform) -> Float[Array, "N V"] | float:
+    """dz / d logit from z itself: 1 / temperature, times 1 - tanh^2 under a soft-cap."""
+    temperature, softcap = transform
+    return (1.0 if softcap is None else 1.0 - jnp.square(z * temperature / softcap)) / temperature
+
+
+def _chunk_logprobs(transform: Transform, hidden, head, targets):
     hidden, weight = _head_weight(hidden, head)
-    z = _scaled_logits(hidden, weight, temperature)
+    z = _scaled_logits(hidden, weight, transform)
     lse = jax.nn.logsumexp(z, axis=-1)
     log_p = z - lse[:, None]
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
@@ -88,26 +101,26 @@ def _chunk_logprobs(temperature: float, hidden, head, targets):
     return target - lse, entropy, lse
 
 
-def _all_chunks(temperature: float, chunk: int, hidden, head, targets):
+def _all_chunks(transform: Transform, chunk: int, hidden, head, targets):
     def step(_, xs):
-        return None, _chunk_logprobs(temperature, xs[0], head, xs[1])
+        return None, _chunk_logprobs(transform, xs[0], head, xs[1])
 
     _, outs = lax.scan(step, None, (_chunked(hidden, chunk), _chunked(targets, chunk)))
     return tuple(_unchunked(out, hidden.shape[0]) for out in outs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_logprobs(temperature: float, chunk: int, hidden, head, targets):
-    return _all_chunks(temperature, chunk, hidden, head, targets)[:2]
+def _token_logprobs(transform: Transform, chunk: int, hidden, head, targets):
+    return _all_chunks(transform, chunk, hidden, head, targets)[:2]
 
 
-def _forward(temperature, chunk, hidden, head, targets):
+def _forward(transform, chunk, hidden, head, targets):
     head_is_trained = any(leaf.perturbed for leaf in (head if isinstance(head, tuple) else (head,)))
     if head_is_trained and isinstance(head, tuple):
         raise TypeError("token_logprobs: a quantized head is frozen; differentiate the adapter, not the base")
     hidden, targets = hidden.value, targets.value
     head = tuple(leaf.value for leaf in head) if isinstance(head, tuple) else head.value
-    logprobs, entropy, lse = _all_chunks(temperature, chunk, hidden, head, targets)
+    logprobs, entropy, lse = _all_chunks(transform, chunk, hidden, head, targets)
     trained = () if head_is_trained else None  # a pytree without leaves: static knowledge for the backward
     return (logprobs, entropy), (hidden, head, targets, entropy, lse, trained)
 
@@ -116,25 +129,26 @@ def _dense(cotangent) -> Array:
     return jnp.zeros(cotangent.shape, jnp.float32) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
-def _chunk_gradient(temperature: float, head, xs) -> tuple[Array, Array]:
+def _chunk_gradient(transform: Transform, head, xs) -> tuple[Array, Array]:
     """d loss / d logits [n, V] in hidden's dtype, and d loss / d hidden, of one chunk."""
     hidden, targets, entropy, lse, d_logprob, d_entropy = xs
     hidden, weight = _head_weight(hidden, head)
-    log_p = _scaled_logits(hidden, weight, temperature) - lse[:, None]
+    z = _scaled_logits(hidden, weight, transform)
+    log_p = z - lse[:, None]
     onehot = jnp.arange(weight.shape[0]) == targets[:, None]
     p = jnp.exp(log_p)
     dz = d_logprob[:, None] * (onehot - p) - d_entropy[:, None] * p * (log_p + entropy[:, None])
-    d_logits = (dz / temperature).astype(hidden.dtype)
+    d_logits = (dz * _scale_slope(z, transform)).astype(hidden.dtype)
     d_hidden = reference.einsum_f32("nv,vd->nd", d_logits, weight)
     return d_logits, d_hidden.astype(hidden.dtype)
 
 
-def _backward(temperature, chunk, residuals, cotangents):
+def _backward(transform, chunk, residuals, cotangents):
     hidden, head, targets, entropy, lse, trained = residuals
     rows = (hidden, targets, entropy, lse, *(_dense(cotangent) for cotangent in cotangents))
 
     def step(d_head, xs):
-        d_logits, d_hidden = _chunk_gradient(temperature, head, xs)
+        d_logits, d_hidden = _chunk_gradient(transform, head, xs)
         if trained is not None:
             d_head += reference.einsum_f32("nv,nd->vd", d_logits, xs[0])
         return d_head, d_hidden

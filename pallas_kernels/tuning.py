@@ -13,16 +13,18 @@ from importlib import resources
 
 from pallas_kernels import dispatch
 
+MMA, MMA_SWAPPED, WGMMA = "mma", "mma_swapped", "wgmma"  # forms of the product, see int4_matmul_triton.py
+
 
 @dataclass(frozen=True)
 class Int4Config:
-    """Blocks of the int4 matmul; `swap` takes the weights as the left operand (see int4_matmul_triton.py)."""
+    """Blocks of the int4 matmul, and which of its forms."""
 
     block_m: int
     block_n: int
     block_k: int
     split_k: int
-    swap: bool
+    product: str
     warps: int
     stages: int
 
@@ -78,13 +80,13 @@ def int4_heuristic(m: int, n: int, k: int, group: int, *, hopper: bool, multipro
     `wgmma` (Hopper) takes over from `mma.sync` at 33 rows, where x no longer fits the registers of a warp cheaply.
     """
     block_m = min(max(16, _power_of_two(m)), 128 if hopper else 64)
-    swap = hopper and block_m >= 64
+    product = WGMMA if hopper and block_m >= 64 else MMA
     block_k = next(size for size in (128, 64, 32) if (k % size == 0 and size >= group) or size == group)
     block_n = 128 if n > 64 else 64
     tiles = math.ceil(n / block_n) * math.ceil(m / block_m)
     split_k = max(1, min(round(1.5 * multiprocessors / tiles), k // block_k // 4 or 1))
     warps = 8 if block_m >= 128 else 4
-    return Int4Config(block_m, block_n, block_k, split_k, swap, warps, stages=4 if block_m <= 64 else 3)
+    return Int4Config(block_m, block_n, block_k, split_k, product, warps, stages=4 if block_m <= 64 else 3)
 
 
 def _power_of_two(value: int) -> int:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import decode_attention_triton, int4_matmul_triton, tuning
-from pallas_kernels.tuning import AttentionConfig, Int4Config
+from pallas_kernels.tuning import MMA, MMA_SWAPPED, WGMMA, AttentionConfig, Int4Config
 
 # Output and input widths of the linear layers: (N, K).
 SHAPES = {
@@ -44,27 +44,25 @@ PARTIAL_SUM_BYTES_PER_US = 3e6
 
 def int4_candidates(m: int, n: int, k: int) -> list[Int4Config]:
     """Blocks worth trying: x in one tile of rows where registers allow, enough programs to fill the GPU."""
-    block_m = min(max(16, triton.next_power_of_2(m)), 256)
+    whole = min(max(16, triton.next_power_of_2(m)), 256)
     found = []
-    for swap in (False, True):
-        rows = {16, 32} if not swap else {block_m, block_m // 2}
-        for bm, bn, bk, warps, stages in itertools.product(
-            sorted({min(row, block_m) for row in rows if row >= 16}),
-            (64, 128, 256),
-            (64, 128, 256),
-            (4, 8),
-            (2, 3, 4, 5),
+    for product, bm, bn, bk, warps, stages in itertools.product(
+        (MMA, MMA_SWAPPED, WGMMA), (16, 32, 64, 128, 256), (32, 64, 128, 256), (128, 256), (2, 4, 8), (2, 3, 4, 5, 6)
+    ):
+        shared = stages * bm * bk * 2 + (stages - 1) * bn * bk // 2
+        registers = bm * bn / (32 * warps) + bn * bk / (32 * warps) * (0.5 if product == WGMMA else 0.25)
+        if shared > 220_000 or registers > 190 or k % bk or bm > whole or bm < min(whole, 128):
+            continue
+        if (
+            (product == MMA and (bm > 32 or bn < 8 * warps))
+            or (product == MMA_SWAPPED and (bm > 32 or warps != 2 or bn < 32))
+            or (product == WGMMA and (warps == 2 or bn < 16 * warps))
         ):
-            tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
-            shared = (stages if swap else stages - 1) * (bn * bk // 2 + bm * bk * 2)
-            accumulators = bm * bn // (32 * warps)
-            if shared > 200_000 or accumulators > 128 or k % bk or bn * bk > 128 * 256 * (warps // 4):
-                continue
-            if (swap and bn < 16 * warps) or (not swap and (bm > 32 or bn < 8 * warps)) or (m > 64 and bm < 64):
-                continue
-            splits = [s for s in (1, 2, 3, 4, 6, 8, 12, 16) if s == 1 or s <= k // bk // 2]
-            busy = [s for s in splits if 0.7 * 132 <= tiles * s <= 4.5 * 132 or (s == 1 and tiles >= 132)]
-            found.extend(Int4Config(bm, bn, bk, s, swap, warps, stages) for s in busy)
+            continue
+        tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
+        splits = [s for s in (1, 2, 3, 4, 6, 8, 12, 16) if s == 1 or s <= k // bk // 2]
+        busy = [s for s in splits if 0.7 * 132 <= tiles * s <= 8 * 132 / warps * 4 or (s == 1 and tiles >= 132)]
+        found.extend(Int4Config(bm, bn, bk, s, product, warps, stages) for s in busy)
     return found
 
 
@@ -116,14 +114,14 @@ def int4_launch(inputs: dict, out, m: int, n: int, k: int, config: Int4Config, l
     )
 
 
-def int4_expected(inputs: dict, layer: int, swap: bool):
+def int4_expected(inputs: dict, layer: int, permuted: bool):
     """The product in float32 from the definition of the format."""
     packed, scales, x = inputs["packed"][layer], inputs["scales"][layer].float(), inputs["x"].float()
     n, groups = scales.shape
     halves = packed.reshape(n, groups, -1)
     nibbles = torch.cat([halves & 15, halves >> 4], -1).float() - 8
     weight = (nibbles * scales[..., None]).reshape(n, -1)
-    if swap:  # the kernel wants x's columns permuted; undo that for the plain product
+    if permuted:  # the wgmma form takes x's columns permuted; undo that for the plain product
         m, k = x.shape
         x = x.reshape(m, k // 16, 2, 4, 2).transpose(2, 3).reshape(m, k)
     return x @ weight.T + inputs["xa"].float() @ inputs["b"][layer].float().T
@@ -161,7 +159,7 @@ def tune_int4(m: int, n: int, k: int, candidates: list[Int4Config], report) -> t
     """The fastest candidate that is also right."""
     inputs = int4_inputs(m, n, k)
     layers, best = inputs["packed"].shape[0], None
-    expected = {swap: int4_expected(inputs, 1, swap) for swap in (False, True)}
+    expected = {permuted: int4_expected(inputs, 1, permuted) for permuted in (False, True)}
     for config in candidates:
         shape, dtype = ((m, n), torch.bfloat16) if config.split_k == 1 else ((config.split_k, m, n), torch.float32)
         out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
@@ -171,7 +169,7 @@ def tune_int4(m: int, n: int, k: int, candidates: list[Int4Config], report) -> t
         except triton.runtime.errors.OutOfResources as error:
             report({"m": m, "n": n, "k": k, "config": vars(config), "error": str(error)})
             continue
-        error = check(out, expected[config.swap])
+        error = check(out, expected[config.product == WGMMA])
         if not error < 1e-2:
             report({"m": m, "n": n, "k": k, "config": vars(config), "error": f"wrong by {error}"})
             continue
@@ -186,10 +184,10 @@ def attention_candidates(rows: int, prompts: int) -> list[AttentionConfig]:
     """Block sizes and splits that give between one and sixteen programs a multiprocessor."""
     found = []
     for block, prompt_rows, suffix, prompt, warps, stages in itertools.product(
-        (32, 64, 128), (16, 32, 64), (1, 2, 4, 8, 16), (1, 2, 4), (2, 4), (2, 3, 4)
+        (32, 64, 128), (16, 32), (1, 2, 3, 4, 6, 8, 16), (1, 2, 4), (2, 4), (2, 3, 4)
     ):
         programs = rows * suffix
-        if not 132 <= programs <= 16 * 132 or block * stages > 256 or (prompt_rows == 64 and warps == 2):
+        if not 132 <= programs <= 16 * 132 or block * stages > 256:
             continue
         if prompt > 1 and prompts * prompt > 2 * 132:
             continue

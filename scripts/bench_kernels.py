@@ -50,13 +50,15 @@ def seconds(program, *arguments, repeats: int = 7) -> float:
 
 
 def chained(step, layers: int, calls: int):
-    """A program of `calls` dependent calls step(x, layer); the barrier keeps XLA from merging or reordering them."""
+    """A program of `calls` calls step(x, layer), each after the one before: the barrier ties x to the last result."""
 
     def program(x, *operands):
+        outs = []
         for call in range(calls):
             out = step(x, call % layers, *operands)
             x, out = lax.optimization_barrier((x, out))
-        return out
+            outs.append(out)
+        return outs
 
     return jax.jit(program)
 

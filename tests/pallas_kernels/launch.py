@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 
 from pallas_kernels import decode_attention_triton, int4_matmul_triton
-from pallas_kernels.tuning import AttentionConfig, Int4Config
+from pallas_kernels.tuning import WGMMA, AttentionConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -43,7 +43,7 @@ def scalar(value: int) -> torch.Tensor:
 def int4_matmul(x, packed, scales, layer, xa, b, config: Int4Config, pointer: bool = True) -> np.ndarray:
     """The kernel as `int4_matmul_triton.int4_matmul` launches it; `x` gives the compute dtype. float32 result."""
     (m, k), n, group = x.shape, packed.shape[-2], 2 * packed.shape[-1] // scales.shape[-1]
-    x = x.reshape(m, k // 16, 4, 2, 2).transpose(2, 3).reshape(m, k).contiguous() if config.swap else x
+    x = x.reshape(m, k // 16, 4, 2, 2).transpose(2, 3).reshape(m, k).contiguous() if config.product == WGMMA else x
     packed, scales = torch.tensor(packed).to(DEVICE), torch.tensor(scales).to(DEVICE)
     rank = 0 if xa is None else xa.shape[1]
     out = poisoned(config.split_k, m, n)

@@ -8,22 +8,25 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, whose interpreter runs the kernels on a CPU", allow_module_level=True)
 
+from pallas_kernels.tuning import MMA, MMA_SWAPPED, WGMMA
 from tests.pallas_kernels import launch
 from tests.pallas_kernels.launch import DTYPES, TOLERANCE, float64, rounded
 from tests.pallas_kernels.oracles import attention, random_int4, relative_error
 
-PLAIN = launch.Int4Config(block_m=16, block_n=32, block_k=64, split_k=1, swap=False, warps=4, stages=2)
+PLAIN = launch.Int4Config(block_m=16, block_n=32, block_k=64, split_k=1, product=MMA, warps=4, stages=2)
 
 
 def int4_blocks(**changes) -> launch.Int4Config:
-    """PLAIN with changes; the swapped product wants 64 rows of weights for a warp group."""
-    if changes.get("swap"):
+    """PLAIN with changes; wgmma wants 64 rows of weights for a warp group, and four warps would make mma wgmma."""
+    if changes.get("product") == WGMMA:
         changes = {"block_n": 64, **changes}
+    if changes.get("product") == MMA_SWAPPED:
+        changes = {**changes, "warps": 2}
     return launch.Int4Config(**{**vars(PLAIN), **changes})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("product", [MMA, MMA_SWAPPED, WGMMA])
 @pytest.mark.parametrize(
     ("m", "n", "k", "group", "blocks"),
     [
@@ -37,25 +40,25 @@ def int4_blocks(**changes) -> launch.Int4Config:
         (3, 17, 3584, 64, {"block_k": 256, "split_k": 5}),
     ],
 )
-def test_int4_matmul(m, n, k, group, blocks, swap, dtype):
+def test_int4_matmul(m, n, k, group, blocks, product, dtype):
     rng = np.random.default_rng(m + n + k)
     packed, scales, weight = random_int4(rng, n, k, group)
     x = rounded(rng.normal(size=(m, k)), dtype)
-    out = launch.int4_matmul(x, packed, scales, 0, None, None, int4_blocks(swap=swap, **blocks))
+    out = launch.int4_matmul(x, packed, scales, 0, None, None, int4_blocks(product=product, **blocks))
     assert relative_error(out, float64(x) @ weight.T) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("product", [MMA, MMA_SWAPPED, WGMMA])
 @pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("pointer", [False, True])
-def test_int4_matmul_adds_the_adapter_of_the_layer(pointer, stacked, split_k, swap):
+def test_int4_matmul_adds_the_adapter_of_the_layer(pointer, stacked, split_k, product):
     rng, dtype = np.random.default_rng(8), DTYPES[-1]
     packed, scales, weight = random_int4(rng, 20, 128, 32, layers=(3,))
     x, xa = rounded(rng.normal(size=(5, 128)), dtype), rounded(rng.normal(size=(5, 12)), dtype)
     b = rounded(rng.normal(size=(3, 20, 12)), dtype).float()
     for layer in (1, 2):
-        blocks = int4_blocks(swap=swap, split_k=split_k)
+        blocks = int4_blocks(product=product, split_k=split_k)
         out = launch.int4_matmul(x, packed, scales, layer, xa, b if stacked else b[layer], blocks, pointer)
         want = float64(x) @ weight[layer].T + float64(xa) @ float64(b[layer]).T
         assert relative_error(out, want) < TOLERANCE[dtype]
