@@ -3,6 +3,9 @@
 On a GPU in half precision this is cuDNN's flash attention; elsewhere a scan over blocks of queries, so that
 no `[T, T]` array of scores exists. Rows are right-padded: `lengths` masks the padded keys, and what
 padded queries return is unspecified but finite.
+
+Rows that hold several sequences say so with `segments`; those always take the blocks, since JAX's public entry to cuDNN
+knows lengths but no segments (a bias of `[T, T]` would undo the point).
 """
 
 import jax
@@ -19,12 +22,14 @@ def causal_attention(
     v: Float[Array, "B T K Hd"],
     lengths: Int[Array, " B"],
     window: int | Int[Array, ""] | None = None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H Hd"]:
     """softmax(q kᵀ / √Hd) v, each query seeing the keys up to itself and at most `window` positions back.
 
-    A traced `window` (layers that differ) always takes the blockwise path.
+    With `segments`, a query sees the keys of its own segment only. Those, and a traced `window` (layers that differ),
+    always take the blockwise path.
     """
-    if _cudnn_applies(q, window):
+    if segments is None and _cudnn_applies(q, window):
         span = None if window is None else (int(window) - 1, 0)
         return jax.nn.dot_product_attention(
             q,
@@ -36,7 +41,7 @@ def causal_attention(
             local_window_size=span,
             implementation="cudnn",
         )
-    return blockwise_attention(q, k, v, lengths, window)
+    return blockwise_attention(q, k, v, lengths, window, segments=segments)
 
 
 def _cudnn_applies(q: Array, window: int | Array | None) -> bool:
@@ -56,6 +61,7 @@ def blockwise_attention(
     lengths: Int[Array, " B"],
     window: int | Int[Array, ""] | None = None,
     block: int = QUERY_BLOCK,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H Hd"]:
     """The same function in plain XLA: scores of one block of queries at a time, softmax in float32."""
     batch, time, heads, head_dim = q.shape
@@ -73,6 +79,9 @@ def blockwise_attention(
         if window is not None:
             visible &= queries[:, None] - keys[None, :] < window
         mask = visible[None] & (keys[None, None, :] < lengths[:, None, None])
+        if segments is not None:
+            own = jnp.take(segments, queries, axis=1, mode="clip")
+            mask &= own[:, :, None] == segments[:, None, :]
         scores = jnp.einsum("btkgd,bskd->bkgts", q_block, k, preferred_element_type=jnp.float32)
         # A finite floor keeps a padded query, which may see no key at all, free of NaN.
         scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)

@@ -41,6 +41,13 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
+def positions_in_segments(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Distance of every position to the start of its run of equal segment numbers."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    starts = segments != jnp.roll(segments, 1, axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
 class Transformer(nn.Module):
     """Hashable, so a static argument of `jit`; `lora` gives the adapter's scale and dropout, `dtype` the compute dtype."""
 
@@ -50,19 +57,29 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], *, remat: bool = False, dropout: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        remat: bool = False,
+        dropout: bool = False,
     ) -> Float[Array, "B T D"]:
         """Final hidden states (normed) of right-padded rows, each starting at position 0.
 
-        `remat` recomputes each layer in the backward; `dropout` draws the adapter's mask from the rng "dropout".
+        `segments` numbers the sequences packed into a row, neighbours differently: none sees another, and each starts at
+        position 0. `remat` recomputes each layer in the backward; `dropout` draws the adapter's mask from the rng
+        "dropout".
         """
         base, lora = self._base(), self._lora()
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segments is not None:
+            positions = positions_in_segments(segments)
         key = self.make_rng("dropout") if dropout and self.lora.lora_dropout > 0 else None
 
         def body(x: Array, layer: Array) -> tuple[Array, None]:
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                return causal_attention(q, k, v, lengths, self._window(layer)), None
+                return causal_attention(q, k, v, lengths, self._window(layer), segments), None
 
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)

@@ -174,3 +174,17 @@ def test_quantized_embedding_and_tied_head():
     assert logits.shape == (3, 12, 97)
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("windows", [(), (3, None)])
+def test_packed_sequences_do_not_see_each_other(windows):
+    """Three sequences in one row, with padding after them, give the hidden states of three rows."""
+    model, variables, tokens = _setup(dataclasses.replace(CONFIG, windows=windows))
+    row = jnp.concatenate([*(tokens[b, :n] for b, n in enumerate(LENGTHS)), jnp.zeros(4, jnp.int32)])[None]
+    segments = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([*LENGTHS, 4]))[None]
+    packed = model.apply(variables, row, LENGTHS.sum()[None], segments=segments)[0]
+    apart = model.apply(variables, tokens, LENGTHS)
+    ends = np.cumsum(LENGTHS)
+    for b, (end, length) in enumerate(zip(ends, LENGTHS, strict=True)):
+        np.testing.assert_allclose(packed[end - length : end], apart[b, :length], atol=2e-5)
+    assert np.all(np.isfinite(packed))
