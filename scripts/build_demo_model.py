@@ -31,7 +31,7 @@ from jgrpo.quantization import dequantize, quantize
 
 GROUP_SIZE = 64
 MATRICES = ("qkv", "out", "gate_up", "down")
-WIDTHS = (32, 56, 112)
+WIDTHS = (32, 64, 128)
 """Row lengths that examples are sorted into; one compiled program each."""
 
 
@@ -181,12 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "jgrpo/demo/model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, default=6000)
-    parser.add_argument("--tokens-per-batch", type=int, default=4096)
+    parser.add_argument("--batches", type=int, default=7000)
+    parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--qat-share", type=float, default=0.3, help="last part of the run that sees int4 weights")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--mlp-width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--mlp-width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)

@@ -18,7 +18,7 @@ import numpy as np
 
 Split = Literal["train", "test"]
 
-LARGEST_NUMBER = 10
+LARGEST_NUMBER = 20
 LARGEST_VALUE = 99
 TARGETS = range(5, 61)
 HELD_OUT_FRACTION = 0.2
@@ -36,6 +36,11 @@ class Expression:
     text: str
     inner: int
     value: int
+
+    @property
+    def worked(self) -> str:
+        """The expression with the inner value written down: (3 + 5 = 8) * 7."""
+        return self.text.replace(")", f" = {self.inner})")
 
 
 def _combine(left: int, right: int) -> Iterator[tuple[int, str, int, int]]:

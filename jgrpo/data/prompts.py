@@ -60,13 +60,13 @@ def load_prompts(config: DataConfig, tokenizer: Any, split: Split = "train", see
     dataset = _dataset_name(config, split)
     task, source = find_task(dataset)
     if task is not None:
-        prompts, columns = _split_rows(_task_rows(task.rows(split, seed, source), tokenizer), "prompt")
+        prompts, columns = _split_rows(as_user_messages(task.rows(split, seed, source), tokenizer), "prompt")
     else:
         hub_split = config.dataset_split if split == "train" else "test"
         rows = read_rows(dataset, hub_split, needed=(config.prompt_column,))
         prompts, columns = _split_rows(rows, config.prompt_column)
-    prompts = [_checked(prompt, number, config.prompt_column) for number, prompt in enumerate(prompts)]
-    prompts = [_with_system_prompt(prompt, config.system_prompt) for prompt in prompts]
+    prompts = [checked_prompt(prompt, number, config.prompt_column) for number, prompt in enumerate(prompts)]
+    prompts = [with_system_prompt(prompt, config.system_prompt) for prompt in prompts]
     token_ids = encode_prompts(prompts, tokenizer)
     examples = [Example(*parts) for parts in zip(prompts, token_ids, columns, strict=True)]
     return _fit(examples, config)
@@ -113,7 +113,8 @@ def _dataset_name(config: DataConfig, split: Split) -> str:
     return config.eval_dataset or config.dataset
 
 
-def _task_rows(rows: list[Row], tokenizer: Any) -> list[Row]:
+def as_user_messages(rows: list[Row], tokenizer: Any) -> list[Row]:
+    """A built-in task's rows with the prompt as a user message, if the tokenizer has a chat template."""
     if not tokenizer.chat_template:
         return rows
     return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
@@ -124,7 +125,8 @@ def _split_rows(rows: list[Row], prompt_column: str) -> tuple[list[Any], list[di
     return [row[prompt_column] for row in rows], columns
 
 
-def _checked(prompt: Any, number: int, column: str) -> str | list[dict[str, Any]]:
+def checked_prompt(prompt: Any, number: int, column: str) -> str | list[dict[str, Any]]:
+    """A row's prompt, without absent keys of messages. Raises `UserError` if it is neither text nor messages."""
     if isinstance(prompt, str) and prompt:
         return prompt
     if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
@@ -140,7 +142,8 @@ def _is_message(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("role"), str) and "content" in entry
 
 
-def _with_system_prompt(prompt: str | list[dict[str, Any]], system: str | None) -> str | list[dict[str, Any]]:
+def with_system_prompt(prompt: str | list[dict[str, Any]], system: str | None) -> str | list[dict[str, Any]]:
+    """The prompt behind a system message. Raises `UserError` if it has one of its own."""
     if system is None:
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -163,14 +166,15 @@ def encode_prompts(prompts: Sequence[str | list[dict[str, Any]]], tokenizer: Any
             "the tokenizer has no chat template, which chat messages and system_prompt need; use an instruction-tuned "
             "checkpoint, or string prompts without system_prompt"
         )
-    texts = [prompt if isinstance(prompt, str) else _render(prompt, tokenizer) for prompt in prompts]
+    texts = [prompt if isinstance(prompt, str) else render(prompt, tokenizer) for prompt in prompts]
     # A template writes its own special tokens; plain text gets the tokenizer's.
     plain = tokenizer(texts, add_special_tokens=True)["input_ids"] if len(chats) < len(prompts) else [[]] * len(texts)
     chat = tokenizer(texts, add_special_tokens=False)["input_ids"] if chats else [[]] * len(texts)
     return [list(plain[i] if isinstance(prompt, str) else chat[i]) for i, prompt in enumerate(prompts)]
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: Any) -> str:
+def render(messages: list[dict[str, Any]], tokenizer: Any) -> str:
+    """Chat messages as text, up to where the model goes on. Raises `UserError` if the template refuses them."""
     from jinja2 import TemplateError
 
     continues = messages[-1]["role"] == "assistant"

@@ -1,18 +1,20 @@
-"""The demo model's tokenizer: byte-level BPE in Hugging Face format, so that any text can be encoded.
+"""The demo model's tokenizer: bytes, and one token for each thing that a Countdown solution is made of.
 
-Numbers up to 99, with their space and parenthesis, are single tokens; so are the tags and the three fixed phrases
-of the Countdown prompt ("superwords", Liu et al. 2025, arXiv:2503.13423), which keeps the demo's sequences short.
-Everything else falls back to bytes.
+It is a `Qwen2Tokenizer`, because `transformers` gives a checkpoint of type "qwen2" that class, with its own splitting
+rule (one digit at a time), whatever `tokenizer.json` says. So the numbers up to 99, with their space and
+parenthesis, are added tokens, which are found before any splitting; so are operators, tags and the three fixed phrases
+of the Countdown prompt ("superwords", Liu et al. 2025, arXiv:2503.13423), which keep the demo's sequences short.
+All other text is bytes: no merges.
 """
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import Qwen2Tokenizer
 
 from jgrpo.data.countdown import LARGEST_VALUE, PROMPT
 
 PAD, USER, ASSISTANT, SYSTEM, END = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 TAGS = ("<think>\n", "</think>\n<answer>", "<think>", "</think>", "<answer>", "</answer>")
-PIECE = r" (?:no|yes)\n| ?\(?\d{1,2}\)?| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s"
+WORDS = (" no\n", " yes\n", " +", " -", " *", " /", " =")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -27,34 +29,27 @@ def prompt_phrases() -> list[str]:
     return [before.rstrip(), middle, after]
 
 
-def _pieces() -> list[str]:
-    numbers = [str(n) for n in range(LARGEST_VALUE + 1)]
-    spaced = [f" {n}" for n in numbers]
-    words = [" no\n", " yes\n", " +", " -", " *", " /", " ="]
-    return (
-        numbers + spaced + [f"({n}" for n in numbers] + [f" ({n}" for n in numbers] + [f"{n})" for n in spaced] + words
-    )
+def number_tokens() -> list[str]:
+    """12, ( 12, 12 ) and so on, each with and without a space before it, as far as expressions have them."""
+    numbers = range(LARGEST_VALUE + 1)
+    forms = ("{}", " {}", "({}", " ({}", " {})")
+    return [form.format(n) for form in forms for n in numbers if form != "{}" or n > 9]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Qwen2Tokenizer:
     """The tokenizer with its special tokens and chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECE), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False, min_frequency=1)
-    tokenizer.train_from_iterator(_pieces(), trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*TAGS, *prompt_phrases())])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    alphabet = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=alphabet,
+        merges=[],
         pad_token=PAD,
+        unk_token=PAD,
         eos_token=END,
         additional_special_tokens=[USER, ASSISTANT, SYSTEM],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+        model_max_length=512,
     )
+    texts = (*number_tokens(), *WORDS, *TAGS, *prompt_phrases())
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    return tokenizer

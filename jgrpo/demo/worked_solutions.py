@@ -20,13 +20,13 @@ from jgrpo.data.countdown import Expression, expressions
 class Writer:
     """How a worked solution is drawn."""
 
-    patient: float = 0.25
+    patient: float = 0.2
     """Share of solutions that never give up."""
-    give_up: float = 0.75
+    give_up: float = 0.8
     """Chance that an impatient writer gives up after a wrong try."""
-    insight: float = 0.15
+    insight: float = 0.2
     """Chance that a try is a right expression on purpose."""
-    max_tries: int = 9
+    max_tries: int = 10
     """Tries after which even a patient writer gives up (the completion has to end)."""
 
 
@@ -51,5 +51,5 @@ def draw_tries(numbers: tuple[int, ...], target: int, writer: Writer, rng: np.ra
 
 def solution_text(tries: list[Expression], target: int) -> str:
     """The completion: one line for each try, then the last one as the answer."""
-    lines = "".join(f"{t.text} = {t.value} {'yes' if t.value == target else 'no'}\n" for t in tries)
+    lines = "".join(f"{t.worked} = {t.value} {'yes' if t.value == target else 'no'}\n" for t in tries)
     return f"<think>\n{lines}</think>\n<answer>{tries[-1].text}</answer>"
