@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar
 
-from jgrpo.config import TrainConfig
+from jgrpo.config import AnyConfig, DataConfig, SftConfig, SftDataConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.settings import (
     Layer,
@@ -42,6 +42,8 @@ from jgrpo.validation import validate
 
 C = TypeVar("C")
 DEMO = "demo"
+COMMANDS = (TrainConfig, SftConfig)
+"""What a file of settings may speak of: a command reads its own part and leaves the rest to the other."""
 
 
 def config_from_args(argv: Sequence[str] | None = None, *, prog: str = "python -m jgrpo.train") -> TrainConfig:
@@ -73,6 +75,12 @@ def resolve_config(
 def load_config(path: str | Path, cls: type[C] = TrainConfig) -> C:
     """A configuration from a YAML file: `save_config`'s, or a partial one over the defaults."""
     return build(cls, _merge(cls, None, [path], {}))
+
+
+def load_run_config(path: str | Path) -> AnyConfig:
+    """The configuration of a finished run, of whichever command wrote it."""
+    is_supervised = SftDataConfig.__dataclass_fields__.keys() - DataConfig.__dataclass_fields__.keys()
+    return load_config(path, SftConfig if is_supervised & read_layer(path, SftConfig, COMMANDS).keys() else TrainConfig)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -140,11 +148,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 def _merge(cls: type, preset: str | None, files: Sequence[str | Path], flags: Layer) -> Layer:
     upper: Layer = {}
     for path in ([preset_path(preset)] if preset else []) + [*map(Path, files)]:
-        upper |= read_layer(path, cls, TrainConfig)
+        upper |= read_layer(path, cls, COMMANDS)
     upper |= flags
     table = settings_of(cls)
     is_demo = "model" in table and upper.get("model", table["model"].default) == DEMO
-    demo = read_layer(preset_path(DEMO), cls, TrainConfig) if is_demo else {}
+    demo = read_layer(preset_path(DEMO), cls, COMMANDS) if is_demo else {}
     return demo | upper
 
 
@@ -201,7 +209,7 @@ def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentPars
         if sections_of(cls)
         else None,
     )
-    demo = read_layer(preset_path(DEMO), cls, TrainConfig)
+    demo = read_layer(preset_path(DEMO), cls, COMMANDS)
     groups = {"": parser.add_argument_group("command")}
     if sections_of(cls):
         _add_layer_flags(groups[""])

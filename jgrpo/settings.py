@@ -14,7 +14,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib.resources import files
@@ -207,10 +207,10 @@ def _line(mark: Any) -> str:
     return f", line {mark.line + 1}" if mark else ""
 
 
-def read_layer(path: str | Path, cls: type, also_known: type | None = None) -> Layer:
+def read_layer(path: str | Path, cls: type, also_known: Sequence[type] = ()) -> Layer:
     """Values of a YAML file for a configuration class: `section: {name: value}` or plain `name: value`.
 
-    Settings of `also_known` that `cls` lacks are allowed and left out: a command reads its own
+    Settings of the classes `also_known` that `cls` lacks are allowed and left out: a command reads its own
     sections of a training run's file. Raises UserError for an unreadable file, an unknown or
     ambiguous key, or a value of the wrong type.
     """
@@ -227,12 +227,12 @@ def read_layer(path: str | Path, cls: type, also_known: type | None = None) -> L
         raise UserError(f"{path}: {error}") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{path}: expected 'name: value' lines, found {type(tree).__name__}.")
-    return _layer_of(tree or {}, cls, also_known or cls, path)
+    return _layer_of(tree or {}, cls, also_known, path)
 
 
-def _layer_of(tree: dict[Any, Any], cls: type, also_known: type, path: str | Path) -> Layer:
-    known = {**settings_of(also_known), **settings_of(cls)}
-    sections = {**sections_of(also_known), **sections_of(cls)}
+def _layer_of(tree: dict[Any, Any], cls: type, also_known: Sequence[type], path: str | Path) -> Layer:
+    known = {name: setting for part in (*also_known, cls) for name, setting in settings_of(part).items()}
+    sections = {name: section for part in (*also_known, cls) for name, section in sections_of(part).items()}
     layer: Layer = {}
     for key, value in _entries(tree, known, sections, path):
         if key in layer:

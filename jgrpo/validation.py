@@ -9,11 +9,13 @@ from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from re import sub
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from jgrpo.config import LINEAR_MODULES, TrainConfig
+from jgrpo.config import LINEAR_MODULES, AnyConfig, SftConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.settings import flag, flatten, nearest
+
+C = TypeVar("C", TrainConfig, SftConfig)
 
 
 def validate(config: TrainConfig) -> None:
@@ -25,6 +27,18 @@ def validate(config: TrainConfig) -> None:
     check_batch(config)
     check_modules(config)
     check_rewards(config)
+
+
+def validate_supervised(config: SftConfig) -> None:
+    """The same for a supervised run."""
+    check_ranges(flatten(config))
+    check_modules(config)
+    rows, size = config.training.rows_per_step, config.training.microbatch_rows
+    if rows % size:
+        raise UserError(
+            f"--microbatch-rows {size} does not divide --rows-per-step {rows}: "
+            f"set --microbatch-rows to {_either(nearest_divisors(rows, size))}."
+        )
 
 
 def check_ranges(values: dict[str, Any]) -> None:
@@ -53,7 +67,7 @@ RANGES = (
         lambda v: v > 0,
         "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout "
         "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_chunk max_nonfinite_steps "
-        "max_grad_norm keep_last eval_prompts",
+        "max_grad_norm keep_last eval_prompts max_length rows_per_step microbatch_rows",
     ),
     Range(
         "0 or above",
@@ -99,7 +113,7 @@ def _either(values: list[int]) -> str:
     return " or ".join(map(str, values))
 
 
-def check_modules(config: TrainConfig) -> None:
+def check_modules(config: AnyConfig) -> None:
     """The adapter's modules are linear layers of the model, and there is at least one."""
     if not config.lora.target_modules:
         raise UserError(f"--target-modules is empty: name at least one of {', '.join(LINEAR_MODULES)}.")
@@ -129,11 +143,11 @@ def check_rewards(config: TrainConfig) -> None:
 RESUME_MAY_CHANGE = frozenset(
     {"output_dir", "resume", "save_every", "keep_last", "eval_every", "eval_prompts", "eval_temperature"}
     | {"eval_dataset", "log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
-    | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "remat", "logprob_chunk"}
+    | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "logprob_chunk"}
 )
 
 
-def diff_configs(saved: TrainConfig, new: TrainConfig) -> list[str]:
+def diff_configs(saved: C, new: C) -> list[str]:
     """Settings in which `new` differs from `saved` and that a resumed run may not change, in order.
 
     `steps` may change (train longer) unless the learning-rate schedule depends on it.
@@ -143,7 +157,7 @@ def diff_configs(saved: TrainConfig, new: TrainConfig) -> list[str]:
     return [name for name in before if before[name] != after[name] and name not in free]
 
 
-def check_resume(saved: TrainConfig, new: TrainConfig) -> None:
+def check_resume(saved: C, new: C) -> None:
     """Raise UserError naming each setting that a resumed run may not change, with both values."""
     before, after = flatten(saved), flatten(new)
     changed = [f"{flag(name)} was {before[name]}, is {after[name]}" for name in diff_configs(saved, new)]
@@ -154,7 +168,7 @@ def check_resume(saved: TrainConfig, new: TrainConfig) -> None:
         )
 
 
-def with_output_dir(config: TrainConfig, now: datetime | None = None) -> TrainConfig:
+def with_output_dir(config: C, now: datetime | None = None) -> C:
     """The configuration with `{name}` and `{time}` of output_dir filled in."""
     name = sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data.dataset).stem).strip("-.") or "run"
     path = config.run.output_dir.replace("{name}", name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jgrpo.cli import config_from_args, load_config, resolve_config, save_config
-from jgrpo.config import LoraConfig, TrainConfig
+from jgrpo.config import LoraConfig, SftConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.settings import attribute_docstrings, build, flatten, preset_names, scalar, settings_of
 from jgrpo.validation import (
@@ -59,7 +59,7 @@ def test_two_sections_may_not_share_a_name():
 
 def test_names_in_rules_are_settings():
     named = {name for rule in RANGES for name in rule.names.split()} | RESUME_MAY_CHANGE
-    assert named <= set(settings_of(TrainConfig))
+    assert named <= {*settings_of(TrainConfig), *settings_of(SftConfig)}
 
 
 def test_flatten_is_the_inverse_of_build():

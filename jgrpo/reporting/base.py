@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jgrpo.config import TrainConfig
+from jgrpo.config import AnyConfig
 from jgrpo.reporting.diagnose import Watch
 
 FRESH = -1
@@ -30,7 +30,7 @@ class Sink:
     The calls arrive in order: start, then any of the others, then finish.
     """
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+    def start(self, config: AnyConfig, plan_lines: Sequence[str], first_step: int) -> None:
         """The run begins (`FRESH`), or resumes after the step `first_step`; records of later steps are dropped."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -56,7 +56,7 @@ class Reporter:
         self._watch = Watch()
         self._started: list[Sink] = []
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str] = (), first_step: int = FRESH) -> None:
+    def start(self, config: AnyConfig, plan_lines: Sequence[str] = (), first_step: int = FRESH) -> None:
         """See `Sink.start`."""
         for sink in self.sinks:
             sink.start(config, plan_lines, first_step)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from jgrpo.config import TrainConfig
+from jgrpo.config import AnyConfig
 from jgrpo.reporting.base import CompletionRow, Sink
 from jgrpo.reporting.samples import notable
 from jgrpo.reporting.text import duration, number, printable, size
@@ -59,14 +59,16 @@ def step_summary(metrics: Mapping[str, float]) -> str:
 
 def _reward(metrics: Mapping[str, float]) -> str:
     spread = f" ± {number(metrics['reward_std'])}" if "reward_std" in metrics else ""
-    return f"reward {number(metrics['reward'])}{spread}" if "reward" in metrics else ""
+    if "reward" in metrics:
+        return f"reward {number(metrics['reward'])}{spread}"
+    return f"loss {number(metrics['loss'])}" if "loss" in metrics else ""
 
 
 def _parts(metrics: Mapping[str, float]) -> list[str]:
     shown: list[tuple[str, str, Callable[[float], str]]] = [
         ("completions/mean_length", "length", lambda v: f"{v:.0f}"),
         ("kl", "kl", number),
-        ("throughput/rollout_tokens_per_s", "tokens/s", lambda v: f"{v:,.0f}"),
+        (f"throughput/{'rollout' if 'reward' in metrics else 'train'}_tokens_per_s", "tokens/s", lambda v: f"{v:,.0f}"),
         ("memory/peak_bytes", "memory", size),
         ("memory/host_peak_rss_bytes", "memory", size),
     ]
@@ -76,7 +78,7 @@ def _parts(metrics: Mapping[str, float]) -> list[str]:
 def held_out(metrics: Mapping[str, float]) -> str:
     """The evaluation's main numbers, '' if this step had none."""
     functions = sorted(n for n in metrics if n.startswith("eval_rewards/") and n.endswith("/mean"))
-    names = [name for name in ("eval_accuracy", "eval_reward") if name in metrics]
+    names = [name for name in ("eval_accuracy", "eval_reward", "eval_loss") if name in metrics]
     return "  ".join(_with_interval(metrics, name) for name in names + (functions if len(functions) > 1 else []))
 
 
@@ -95,7 +97,7 @@ class Console(Sink):
         self._live: Live | None = None
         self._evaluations: list[tuple[int, str]] = []
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+    def start(self, config: AnyConfig, plan_lines: Sequence[str], first_step: int) -> None:
         """The run in one line, the plan, and the progress bar."""
         self.total = config.training.steps
         self.clock = self._clock or Clock()
@@ -164,9 +166,9 @@ class Console(Sink):
         self.console.print(Text(text, style=style), soft_wrap=True)
 
 
-def _title(config: TrainConfig) -> str:
-    batch = f"{config.training.prompts_per_step} prompts x {config.rollout.num_generations} completions a step"
-    return f"jgrpo: {config.model.model} on {config.data.dataset}, {config.training.steps} steps, {batch}"
+def _title(config: AnyConfig) -> str:
+    steps = config.training.steps
+    return f"jgrpo: {config.model.model} on {config.data.dataset}, {steps} steps, {config.batch_in_words}"
 
 
 def completions_table(step: int, rows: Sequence[CompletionRow]) -> Table:

@@ -11,7 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
-from jgrpo.config import TrainConfig
+from jgrpo.config import AnyConfig
 from jgrpo.reporting.base import CompletionRow, Sink
 
 METRICS, WARNINGS, COMPLETIONS = "metrics.jsonl", "warnings.jsonl", "completions"
@@ -82,7 +82,7 @@ class RunFiles(Sink):
         self.last_step = 0
         self._metrics: TextIO | None = None
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+    def start(self, config: AnyConfig, plan_lines: Sequence[str], first_step: int) -> None:
         """Drop what a resumed run will repeat, and open metrics.jsonl."""
         (self.run_dir / COMPLETIONS).mkdir(parents=True, exist_ok=True)
         keep_steps(self.run_dir / METRICS, first_step)

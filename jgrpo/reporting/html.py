@@ -12,8 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jgrpo.cli import load_config
-from jgrpo.config import TrainConfig
+from jgrpo.cli import load_run_config
+from jgrpo.config import AnyConfig
 from jgrpo.errors import UserError
 from jgrpo.reporting.base import CompletionRow, Sink
 from jgrpo.reporting.charts import HEIGHT, LEFT, RIGHT, WIDTH, column, finite
@@ -37,7 +37,7 @@ REFRESH_SECONDS = 60.0
 History = Sequence[Mapping[str, Any]]
 
 
-def write_report(run_dir: Path, config: TrainConfig | None = None) -> Path:
+def write_report(run_dir: Path, config: AnyConfig | None = None) -> Path:
     """Make `run_dir/report.html` from metrics.jsonl, warnings.jsonl, completions/ and config.yaml.
 
     Raises UserError if the directory is not one of a run.
@@ -45,11 +45,11 @@ def write_report(run_dir: Path, config: TrainConfig | None = None) -> Path:
     if not (run_dir / METRICS).exists():
         raise UserError(f"{run_dir}: no {METRICS} in it. Give the output directory of a training run.")
     path = run_dir / "report.html"
-    write_atomically(path, render(run_dir, config or load_config(run_dir / "config.yaml")))
+    write_atomically(path, render(run_dir, config or load_run_config(run_dir / "config.yaml")))
     return path
 
 
-def render(run_dir: Path, config: TrainConfig) -> str:
+def render(run_dir: Path, config: AnyConfig) -> str:
     """The page as text."""
     history = read_metrics(run_dir)
     warnings = read_lines(run_dir / WARNINGS)
@@ -76,7 +76,7 @@ def render(run_dir: Path, config: TrainConfig) -> str:
     )
 
 
-def tiles(history: History, config: TrainConfig) -> list[tuple[str, str]]:
+def tiles(history: History, config: AnyConfig) -> list[tuple[str, str]]:
     """(label, value) of the numbers at the top; those that the history has."""
     accuracy = next((n for n in ("eval_accuracy", "eval_reward") if any(n in row for row in history)), "")
     found = [
@@ -123,11 +123,11 @@ def row_of(line: Mapping[str, Any]) -> CompletionRow:
     return CompletionRow(line["prompt"], line["completion"], line["rewards"], line["advantage"] or 0.0)
 
 
-def settings(config: TrainConfig) -> dict[str, list[tuple[str, str, bool]]]:
+def settings(config: AnyConfig) -> dict[str, list[tuple[str, str, bool]]]:
     """{section: [(name, value, differs from the default)]}."""
     values = flatten(config)
     grouped: dict[str, list[tuple[str, str, bool]]] = {}
-    for name, setting in settings_of(TrainConfig).items():
+    for name, setting in settings_of(type(config)).items():
         value = values[name]
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         grouped.setdefault(setting.section, []).append((name, shown, value != setting.default))
@@ -149,7 +149,7 @@ class HtmlReport(Sink):
         self._now = now
         self._made_at = -float("inf")
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+    def start(self, config: AnyConfig, plan_lines: Sequence[str], first_step: int) -> None:
         """Keep the configuration."""
         self.config = config
 

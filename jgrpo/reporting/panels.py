@@ -19,6 +19,12 @@ def learning(history: History) -> list[Chart | None]:
     """Is it getting better?"""
     return [
         draw("Held-out", "Prompts that are never trained on; band: 95 % interval.", held_out(history), smoothed=False),
+        draw(
+            "Held-out loss",
+            "Nats a completion token, of examples that are never trained on.",
+            lines(history, {"eval_loss": "loss"}),
+            smoothed=False,
+        ),
         draw("Reward", "Mean over a step's completions; band: the spread within a prompt's group.", [reward(history)]),
         draw("Reward by function", "Mean of each function, before its weight.", by_function(history)),
         draw(
@@ -43,7 +49,7 @@ def health(history: History) -> list[Chart | None]:
         draw("Entropy", "Nats a token; falls as the model becomes certain.", lines(history, {"entropy": "entropy"})),
         draw(
             "Loss",
-            "Near 0 by construction in GRPO; the reward tells whether it works.",
+            "Near 0 by construction in GRPO, where the reward tells whether it works; in supervised training, nats a token.",
             lines(history, {"loss": "loss"}),
         ),
         draw("Gradient norm", "Before clipping.", lines(history, {"grad_norm": "norm"})),

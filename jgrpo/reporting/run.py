@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jgrpo.config import TrainConfig
+from jgrpo.config import AnyConfig
 from jgrpo.reporting.base import Reporter, Sink
 from jgrpo.reporting.console import Console
 from jgrpo.reporting.files import RunFiles
@@ -10,7 +10,7 @@ from jgrpo.reporting.html import HtmlReport
 from jgrpo.reporting.trackers import TensorBoard, WeightsAndBiases
 
 
-def make_reporter(config: TrainConfig) -> Reporter:
+def make_reporter(config: AnyConfig) -> Reporter:
     """The reporter of a run in `config.run.output_dir` (an existing directory, placeholders filled in).
 
     Raises UserError if a tracker is switched on but not installed. Nothing is written before `start`.

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jgrpo.config import TrainConfig
+from jgrpo.config import AnyConfig
 from jgrpo.errors import UserError
 from jgrpo.reporting.base import Sink
 from jgrpo.settings import flatten
@@ -18,7 +18,7 @@ class TensorBoard(Sink):
     def __init__(self, run_dir: Path) -> None:
         self.directory = run_dir / "tensorboard"
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+    def start(self, config: AnyConfig, plan_lines: Sequence[str], first_step: int) -> None:
         """Open the event file."""
         from tensorboardX import SummaryWriter  # here: half a second that `--help` need not pay
 
@@ -44,7 +44,7 @@ class WeightsAndBiases(Sink):
             raise UserError("--wandb true, but the package wandb is not installed: pip install wandb, or drop --wandb.")
         self.run_dir = run_dir
 
-    def start(self, config: TrainConfig, plan_lines: Sequence[str], first_step: int) -> None:
+    def start(self, config: AnyConfig, plan_lines: Sequence[str], first_step: int) -> None:
         """Start the W&B run, or continue it."""
         wandb = importlib.import_module("wandb")
         id_file = self.run_dir / "wandb_id"

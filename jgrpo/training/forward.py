@@ -89,11 +89,31 @@ def token_logprobs(
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     variables = {"params": base, "lora": lora}
     hidden: Any = model.apply(variables, tokens, lengths, remat=remat, dropout=dropout_key is not None, rngs=rngs)
+    return head_logprobs(
+        model,
+        variables,
+        completion_hidden(hidden, rows),
+        rows.completion_tokens,
+        rows.completion_mask,
+        temperature=temperature,
+        chunk=chunk,
+    )
+
+
+def head_logprobs(
+    model: Transformer,
+    variables: Mapping[str, Any],
+    hidden: Float[Array, "B C D"],
+    targets: Int[Array, "B C"],
+    mask: Bool[Array, "B C"],
+    *,
+    temperature: float,
+    chunk: int,
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """log π(target) and the entropy of π from the hidden states that predict the targets; 0 outside the mask."""
     head: Any = model.apply(variables, method="head_weight")
-    flat = completion_hidden(hidden, rows).reshape(-1, hidden.shape[-1])
-    targets = rows.completion_tokens.reshape(-1)
     arrays = (head.packed, head.scales) if isinstance(head, Int4Weight) else head
-    outputs = pallas_kernels.token_logprobs(flat, arrays, targets, temperature=temperature, chunk=chunk)
-    mask = rows.completion_mask
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    outputs = pallas_kernels.token_logprobs(flat, arrays, targets.reshape(-1), temperature=temperature, chunk=chunk)
     logprobs, entropy = (jnp.where(mask, output.reshape(mask.shape), 0.0) for output in outputs)
     return logprobs, entropy

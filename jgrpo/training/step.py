@@ -102,7 +102,7 @@ def grpo_step(
         slices = slices.replace(old_logprobs=_map_slices(slices.rows, lambda rows: forward(state.lora, rows)[0]))
     if objective.needs_reference:
         slices = slices.replace(ref_logprobs=_map_slices(slices.rows, lambda rows: forward({}, rows)[0]))
-    dropout = _dropout_key(state) if model.lora.lora_dropout > 0 else None
+    dropout = dropout_key_of(state) if model.lora.lora_dropout > 0 else None
     update = partial(_update, slices=slices, forward=forward, optimizer=optimizer, objective=objective, dropout=dropout)
     start = (state.lora, state.opt_state, state.nonfinite)
     (lora, opt_state, nonfinite), records = jax.lax.scan(update, start, jnp.arange(updates))
@@ -113,7 +113,7 @@ def grpo_step(
         **policy_metrics(records["terms"], records["mask"]),
         **completion_metrics(batch.rollout.completion_lengths, batch.rollout.finish == FINISH_STOP),
     }
-    if (rate := _learning_rate(opt_state)) is not None:
+    if (rate := used_learning_rate(opt_state)) is not None:
         metrics["learning_rate"] = rate
     return state.replace(step=state.step + 1, lora=lora, opt_state=opt_state, nonfinite=nonfinite), metrics
 
@@ -181,26 +181,37 @@ def _update(
     carry: Any, index: Array, *, slices: Slices, forward: Any, optimizer: Any, objective: Objective, dropout: Any
 ):
     """One optimizer step on minibatch `index % S`: accumulate, clip, update, or skip."""
-    lora, opt_state, nonfinite = carry
+    lora = carry[0]
     minibatch = jax.tree.map(lambda a: a[index % slices.mask.shape[0]], slices)
     key = None if dropout is None else jax.random.fold_in(dropout, index)
     loss = partial(_microbatch_loss, forward=forward, objective=objective, is_first=index == 0, key=key)
     total, grads, terms = accumulate(loss, lora, minibatch)
+    carry, record = guarded_update(carry, total, grads, jnp.any(minibatch.weights > 0), optimizer)
+    return carry, {"loss": total, **record, "terms": terms, "mask": minibatch.mask}
+
+
+def guarded_update(
+    carry: Any, loss: Float[Array, ""], grads: Params, has_tokens: Bool[Array, ""], optimizer: Any
+) -> tuple[Any, Metrics]:
+    """Update, or leave everything as it is if loss or gradient is not finite or no token is in the loss.
+
+    `carry` is (lora, opt_state, non-finite updates in a row). Also returns grad_norm (before clipping) and skipped.
+    """
+    lora, opt_state, nonfinite = carry
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(total) & jnp.isfinite(norm)
-    apply = finite & jnp.any(minibatch.weights > 0)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    apply = finite & has_tokens
     changes, new_opt_state = optimizer.update(grads, opt_state, lora)
     new = (optax.apply_updates(lora, changes), new_opt_state)
     lora, opt_state = jax.tree.map(lambda after, before: jnp.where(apply, after, before), new, (lora, opt_state))
-    nonfinite = jnp.where(finite, 0, nonfinite + 1)
-    record = {"loss": total, "grad_norm": norm, "skipped": ~apply, "terms": terms, "mask": minibatch.mask}
-    return (lora, opt_state, nonfinite), record
+    return (lora, opt_state, jnp.where(finite, 0, nonfinite + 1)), {"grad_norm": norm, "skipped": ~apply}
 
 
-def accumulate(loss: Any, lora: Params, minibatch: Slices) -> tuple[Float[Array, ""], Params, Any]:
+def accumulate(loss: Any, lora: Params, minibatch: Any) -> tuple[Float[Array, ""], Params, Any]:
     """Sum of a loss over microbatches, its gradient in the adapter, and the loss's terms `[M, B, C]`.
 
-    `loss(lora, microbatch, index) -> (scalar, terms)`; the microbatches' losses add up to the minibatch's.
+    `loss(lora, microbatch, index) -> (scalar, terms)`; the microbatches' losses add up to the minibatch's, a pytree whose
+    arrays are `[M, B, …]`, with a `mask` among them.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -235,12 +246,12 @@ def _microbatch_loss(
     )
 
 
-def _learning_rate(opt_state: optax.OptState) -> Float[Array, ""] | None:
+def used_learning_rate(opt_state: optax.OptState) -> Float[Array, ""] | None:
     """The rate of the last update, if the optimizer keeps it in its state (`make_optimizer`'s does)."""
     is_rate = lambda path, value: isinstance(value, jax.Array)  # noqa: E731 - the schedule's own state has the name too
     return optax.tree_utils.tree_get(opt_state, "learning_rate", filtering=is_rate)
 
 
-def _dropout_key(state: TrainState) -> Array:
-    # The sampler of this step uses fold_in(key, step) itself; the dropout's stream branches off it.
+def dropout_key_of(state: TrainState) -> Array:
+    """The key of this step's dropout: the sampler uses fold_in(key, step) itself, and this branches off it."""
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x64726F70)
