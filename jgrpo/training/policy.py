@@ -13,6 +13,7 @@ from jgrpo.config import LoraConfig, ModelSettings, QuantizationConfig, RolloutC
 from jgrpo.data import Example, pad_prompts
 from jgrpo.models import Transformer
 from jgrpo.rollout import Prompts, Rollout, generate
+from jgrpo.training.compilation import enable_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def load_policy(
     Raises:
         UserError: the checkpoint is missing, damaged or of an unsupported kind.
     """
+    enable_compilation_cache()
     path = resolve_checkpoint(settings.model, settings.revision)
     model = Transformer(load_model_config(path), lora, compute_dtype(settings))
     tokenizer = tokenizer or load_tokenizer(path)
