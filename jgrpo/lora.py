@@ -7,7 +7,7 @@ from PEFT: modules fused this way share one dropout mask.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,28 +22,53 @@ if TYPE_CHECKING:  # `jgrpo.models` stands above this module and imports it
 
 Params = Mapping[str, Any]
 
-FUSED: Mapping[str, tuple[str, ...]] = {
+_FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "out": ("o_proj",),
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-"""The base's matrices and the modules in each, in the order of their rows."""
+_FUSED_IN_CHECKPOINT = _FUSED | {"qkv": ("qkv_proj",), "gate_up": ("gate_up_proj",)}
+
+
+def matrix_modules(config: "ModelConfig") -> Mapping[str, tuple[str, ...]]:
+    """The base's matrices and the checkpoint's linear modules in each, in the order of their rows."""
+    return _FUSED_IN_CHECKPOINT if config.fused_projections else _FUSED
 
 
 def module_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
-    """`(out, in)` of every linear module."""
+    """`(out, in)` of every linear module of the checkpoint, which is what adapters are attached to."""
     q, k, v = config.qkv_splits
     width, mlp = config.hidden_size, config.intermediate_size
     shapes = ((q, width), (k, width), (v, width), (width, q), (mlp, width), (mlp, width), (width, mlp))
-    return dict(zip(LINEAR_MODULES, shapes, strict=True))
+    single = dict(zip(LINEAR_MODULES, shapes, strict=True))
+    return {
+        module: single[module] if module in single else (sum(single[part][0] for part in parts), width)
+        for (matrix, modules), parts in zip(matrix_modules(config).items(), _FUSED.values(), strict=True)
+        for module in modules
+    }
+
+
+def own_modules(names: Iterable[str], config: "ModelConfig") -> tuple[str, ...]:
+    """The checkpoint's modules that `names` stand for: q_proj is qkv_proj where a family stores q, k and v as one.
+
+    Raises UserError for a name that is no linear layer.
+    """
+    renamed: dict[str, str] = {name: name for name in (*LINEAR_MODULES, *module_shapes(config))}
+    for matrix, modules in matrix_modules(config).items():
+        if len(modules) == 1:
+            renamed |= dict.fromkeys(_FUSED[matrix], modules[0])
+    if unknown := [name for name in names if name not in renamed]:
+        raise UserError(
+            f"target_modules: {unknown[0]!r} is not a linear layer; expected some of {', '.join(module_shapes(config))}"
+        )
+    wanted = {renamed[name] for name in names}
+    return tuple(name for name in module_shapes(config) if name in wanted)
 
 
 def init_lora(key: Array, lora_config: LoraConfig, config: "ModelConfig") -> dict[str, dict[str, Array]]:
     """A fresh float32 adapter: A Kaiming-uniform as in PEFT, B zero, so that policy == reference at step 0."""
     shapes = module_shapes(config)
-    if unknown := [name for name in lora_config.target_modules if name not in shapes]:
-        raise UserError(f"target_modules: {unknown[0]!r} is not a linear layer; expected some of {', '.join(shapes)}")
     rank = lora_config.lora_rank
 
     def module(key: Array, out: int, width: int) -> dict[str, Array]:
@@ -52,7 +77,7 @@ def init_lora(key: Array, lora_config: LoraConfig, config: "ModelConfig") -> dic
         a = jax.random.uniform(key, (config.num_layers, rank, width), jnp.float32, -bound, bound)
         return {"a": a, "b": jnp.zeros((config.num_layers, out, rank), jnp.float32)}
 
-    targets = [name for name in LINEAR_MODULES if name in lora_config.target_modules]
+    targets = own_modules(lora_config.target_modules, config)
     keys = jax.random.split(key, len(targets))
     return {name: module(k, *shapes[name]) for name, k in zip(targets, keys, strict=True)}
 
@@ -64,7 +89,7 @@ def fuse(lora: Params, config: "ModelConfig", scale: float, dtype: Any) -> dict[
     """
     shapes = module_shapes(config)
     fused = {}
-    for matrix, names in FUSED.items():
+    for matrix, names in matrix_modules(config).items():
         present = [name for name in names if name in lora]
         if present:
             a = jnp.concatenate([lora[name]["a"] for name in present], axis=-2)

@@ -46,6 +46,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": dict(num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-6),
     "qwen3": dict(head_dim=32, rms_norm_eps=1e-6),
     "mistral": dict(sliding_window=8, rms_norm_eps=1e-5),
+    "phi3": dict(
+        num_key_value_heads=1,
+        rms_norm_eps=1e-5,
+        sliding_window=40,
+        rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.75),
+    ),
+    # Caps that these small scores and logits feel; three layers, so that both kinds of layers are there.
+    "gemma2": dict(
+        num_hidden_layers=3,
+        head_dim=24,
+        sliding_window=8,
+        query_pre_attn_scalar=10,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        tie_word_embeddings=True,
+    ),
+    "gemma3_text": dict(
+        num_hidden_layers=3,
+        num_key_value_heads=1,
+        head_dim=24,
+        sliding_window=8,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=10,
+        tie_word_embeddings=True,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=700.0),
+            sliding_attention=dict(rope_type="default", rope_theta=90.0),
+        ),
+    ),
 }
 """What each family sets on top of the common sizes."""
 

@@ -17,7 +17,7 @@ from jgrpo.checkpoints.atomic import atomic_directory
 from jgrpo.checkpoints.names import adapter_prefixes
 from jgrpo.checkpoints.safetensors_io import TensorInfo, read_header, read_rows, write_tensors
 from jgrpo.checkpoints.source import read_json, resolve_checkpoint
-from jgrpo.config import LINEAR_MODULES, LoraConfig
+from jgrpo.config import LoraConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import Params, module_shapes
 from jgrpo.models import ModelConfig
@@ -70,7 +70,7 @@ def _adapted(model_config: ModelConfig, modules: Any) -> Iterator[tuple[int, str
     """(layer, module, Hugging Face name) of every adapted module, layer by layer."""
     prefixes = adapter_prefixes(model_config)
     for layer in range(model_config.num_layers):
-        for module in LINEAR_MODULES:
+        for module in prefixes:
             if module in modules:
                 yield layer, module, prefixes[module][layer]
 
@@ -106,7 +106,7 @@ def load_adapter(path: str | Path, model_config: ModelConfig) -> tuple[dict[str,
     settings = read_json(path / CONFIG)
     _check_plain(path, settings)
     index = read_header(path / WEIGHTS)
-    modules = [m for m in LINEAR_MODULES if any(name.split(".")[-3:-2] == [m] for name in index)]
+    modules = [m for m in module_shapes(model_config) if any(name.split(".")[-3:-2] == [m] for name in index)]
     lora_config = LoraConfig(
         lora_rank=settings["r"],
         lora_alpha=float(settings["lora_alpha"]),

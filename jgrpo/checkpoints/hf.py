@@ -26,6 +26,7 @@ from jgrpo.checkpoints.source import load_model_config, resolve_checkpoint, tens
 from jgrpo.checkpoints.tokenizer import eos_ids, load_tokenizer
 from jgrpo.config import LINEAR_MODULES, QuantizationConfig
 from jgrpo.errors import UserError
+from jgrpo.lora import module_shapes, own_modules
 from jgrpo.models import ModelConfig
 from jgrpo.quantization import Int4Weight, quantize
 
@@ -81,14 +82,10 @@ def leaf_group_size(leaf: Leaf, model_config: ModelConfig, quantization: Quantiz
 
     A leaf stays unquantized when any module that shares it is in `skip_modules`.
     """
-    known = (*LINEAR_MODULES, "lm_head", "embed_tokens")
-    for name in quantization.skip_modules:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"skip_modules: {name!r} is not a module (did you mean {nearest!r}?)")
+    skipped = skipped_modules(quantization, model_config)
     if quantization.quantization == "none" or leaf not in MATRICES:
         return None
-    if modules_of(leaf, model_config) & set(quantization.skip_modules):
+    if modules_of(leaf, model_config) & skipped:
         return None
     width = placements(model_config)[leaf][0].shape[-1]
     if width % quantization.group_size:
@@ -100,6 +97,17 @@ def leaf_group_size(leaf: Leaf, model_config: ModelConfig, quantization: Quantiz
             f"{way_out}add them to skip_modules"
         )
     return quantization.group_size
+
+
+def skipped_modules(quantization: QuantizationConfig, model_config: ModelConfig) -> set[str]:
+    """`skip_modules` in the checkpoint's own names; UserError for one that does not exist."""
+    known = (*LINEAR_MODULES, *module_shapes(model_config), "lm_head", "embed_tokens")
+    for name in quantization.skip_modules:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"skip_modules: {name!r} is not a module (did you mean {nearest!r}?)")
+    linear = [name for name in quantization.skip_modules if name not in ("lm_head", "embed_tokens")]
+    return {*own_modules(linear, model_config), *(set(quantization.skip_modules) & {"lm_head", "embed_tokens"})}
 
 
 def check_tensors(

@@ -43,7 +43,27 @@ LLAMA: tuple[Row, ...] = (
     ("model.norm.weight", "final_norm", ()),
     ("lm_head.weight", "head", ()),
 )
-TABLES: Mapping[str, tuple[Row, ...]] = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+
+
+def _replace(table: tuple[Row, ...], **rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """`table` with all rows of a leaf (`layers/<name>`) replaced by others."""
+    leaves = {f"layers/{name}": new for name, new in rows.items()}
+    kept = tuple(row for row in table if row[1] not in leaves)
+    return kept + tuple(row for new in leaves.values() for row in new)
+
+
+PHI3 = _replace(
+    LLAMA,
+    qkv=((_LAYER + "self_attn.qkv_proj.weight", "layers/qkv", ("qkv_proj",)),),
+    gate_up=((_LAYER + "mlp.gate_up_proj.weight", "layers/gate_up", ("gate_up_proj",)),),
+)
+GEMMA = (
+    *_replace(LLAMA, post_norm=((_LAYER + "pre_feedforward_layernorm.weight", "layers/post_norm", ()),)),
+    (_LAYER + "post_attention_layernorm.weight", "layers/attention_out_norm", ()),
+    (_LAYER + "post_feedforward_layernorm.weight", "layers/mlp_out_norm", ()),
+)
+TABLES: Mapping[str, tuple[Row, ...]] = {"phi3": PHI3, "gemma2": GEMMA, "gemma3_text": GEMMA}
+"""Of the families whose tensors are not named like Llama's."""
 
 MATRICES: frozenset[Leaf] = frozenset(
     {("embed",), ("head",), *(("layers", name) for name in ("qkv", "out", "gate_up", "down"))}
@@ -88,7 +108,7 @@ def placements(config: ModelConfig) -> dict[Leaf, list[Placement]]:
     """Every tensor that a checkpoint of this model holds, by leaf, in the order of the layers and rows."""
     shapes = leaf_shapes(config)
     by_leaf: dict[Leaf, list[Row]] = {}
-    for row in TABLES[config.family]:
+    for row in TABLES.get(config.family, LLAMA):
         leaf = tuple(row[1].split("/"))
         if leaf in shapes:
             by_leaf.setdefault(leaf, []).append(row)

@@ -23,25 +23,28 @@ def causal_attention(
     lengths: Int[Array, " B"],
     window: int | Int[Array, ""] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H Hd"]:
-    """softmax(q kᵀ / √Hd) v, each query seeing the keys up to itself and at most `window` positions back.
+    """softmax(scale · q kᵀ) v, each query seeing the keys up to itself and at most `window` positions back.
 
-    With `segments`, a query sees the keys of its own segment only. Those, and a traced `window` (layers that differ),
-    always take the blockwise path.
+    `scale` is 1/√Hd by default. With `segments`, a query sees the keys of its own segment only; a `softcap` c makes the
+    scores c · tanh(score / c). Those, and a traced `window` (layers that differ), always take the blockwise path.
     """
-    if segments is None and _cudnn_applies(q, window):
+    if segments is None and softcap is None and _cudnn_applies(q, window):
         span = None if window is None else (int(window) - 1, 0)
         return jax.nn.dot_product_attention(
             q,
             k,
             v,
             is_causal=True,
+            scale=scale,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             local_window_size=span,
             implementation="cudnn",
         )
-    return blockwise_attention(q, k, v, lengths, window, segments=segments)
+    return blockwise_attention(q, k, v, lengths, window, segments=segments, scale=scale, softcap=softcap)
 
 
 def _cudnn_applies(q: Array, window: int | Array | None) -> bool:
@@ -62,6 +65,8 @@ def blockwise_attention(
     window: int | Int[Array, ""] | None = None,
     block: int = QUERY_BLOCK,
     segments: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H Hd"]:
     """The same function in plain XLA: scores of one block of queries at a time, softmax in float32."""
     batch, time, heads, head_dim = q.shape
@@ -71,6 +76,7 @@ def blockwise_attention(
     padded = jnp.pad(q, ((0, 0), (0, num_blocks * block - time), (0, 0), (0, 0)))
     blocks = padded.reshape(batch, num_blocks, block, kv_heads, heads // kv_heads, head_dim)
     keys = jnp.arange(time)
+    factor = head_dim**-0.5 if scale is None else scale
 
     @jax.checkpoint
     def attend(index: Array, q_block: Array) -> Array:
@@ -83,8 +89,9 @@ def blockwise_attention(
             own = jnp.take(segments, queries, axis=1, mode="clip")
             mask &= own[:, :, None] == segments[:, None, :]
         scores = jnp.einsum("btkgd,bskd->bkgts", q_block, k, preferred_element_type=jnp.float32)
+        scores = scores * factor if softcap is None else softcap * jnp.tanh(scores * factor / softcap)
         # A finite floor keeps a padded query, which may see no key at all, free of NaN.
-        scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 

@@ -22,6 +22,8 @@ def base_shapes(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]
         "gate_up": (2 * mlp, width),
         "down": (width, mlp),
     }
+    if config.sandwich_norms:
+        stacked |= {"attention_out_norm": (width,), "mlp_out_norm": (width,)}
     if config.qk_norm:
         stacked |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
     if config.qkv_bias:
@@ -43,7 +45,7 @@ def base_shapes(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]
 
 
 def init_base(key: Array, config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random weights: norms 1, biases 0, matrices normal with standard deviation 0.02 (output projections ÷ √(2L))."""
+    """Random weights: norms 1 (with their offset), biases 0, matrices normal with standard deviation 0.02 (output projections ÷ √(2L))."""
     shapes = base_shapes(config, dtype)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
@@ -51,7 +53,7 @@ def init_base(key: Array, config: ModelConfig, dtype: Any = jnp.float32) -> dict
     def leaf(key: Array, path: Any, shape: jax.ShapeDtypeStruct) -> Array:
         name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(shape.shape, shape.dtype)
+            return jnp.full(shape.shape, 1.0 - config.norm_offset, shape.dtype)
         if name.endswith("bias"):
             return jnp.zeros(shape.shape, shape.dtype)
         deviation = 0.02 / math.sqrt(2 * config.num_layers) if name in ("out", "down") else 0.02

@@ -10,6 +10,7 @@ pytrees (`base_shapes` states them), because `Int4Weight` leaves and stacked lay
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +27,31 @@ from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
 from jgrpo.models.parameters import init_base
-from jgrpo.models.rope import apply_rope, inverse_frequencies
+from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies
 from jgrpo.quantization import Weight, embed, matmul
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q, k, v) of one layer, rotated -> (attention output, whatever the caller keeps of k and v)."""
 
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """x / rms(x) · scale (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32, scaled in `x.dtype`."""
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """x / rms(x) · (offset + scale) (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32.
+
+    The scale is applied in `x.dtype`, as in Llama; with an offset in float32, as in Gemma.
+    """
     # y = x / √(mean(x²) + ε)
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if offset:
+        return (normed * (offset + scale.astype(jnp.float32))).astype(x.dtype)
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -72,6 +86,7 @@ class Transformer(nn.Module):
         "dropout".
         """
         base, lora = self._base(), self._lora()
+        self._check_positions(tokens.shape[1])
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is not None:
             positions = positions_in_segments(segments)
@@ -79,15 +94,15 @@ class Transformer(nn.Module):
 
         def body(x: Array, layer: Array) -> tuple[Array, None]:
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                return causal_attention(q, k, v, lengths, self._window(layer), segments), None
+                return self._attention(q, k, v, lengths, layer, segments), None
 
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
             return self._layer(x, positions, base["layers"], layer, adapter, attend, layer_key)
 
         body = jax.checkpoint(body, prevent_cse=False) if remat else body
-        x, _ = jax.lax.scan(body, embed(base["embed"], tokens, self.dtype), jnp.arange(self.config.num_layers))
-        return rms_norm(x, base["final_norm"], self.config.rms_norm_eps)
+        x, _ = jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))
+        return self._norm(x, base["final_norm"])
 
     @nn.compact
     def prefill(
@@ -95,24 +110,26 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "Q D"], tuple[Float[Array, "L Q K P Hd"], Float[Array, "L Q K P Hd"]]]:
         """Hidden state (normed) of each prompt's last token, and the keys and values of every layer."""
         base, lora = self._base(), self._lora()
+        self._check_positions(tokens.shape[1])
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
         def body(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
                 kept = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-                return causal_attention(q, k, v, lengths, self._window(layer)), kept
+                return self._attention(q, k, v, lengths, layer), kept
 
             adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
             return self._layer(x, positions, base["layers"], layer, adapter, attend)
 
-        x, kv = jax.lax.scan(body, embed(base["embed"], tokens, self.dtype), jnp.arange(self.config.num_layers))
+        x, kv = jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return rms_norm(last, base["final_norm"], self.config.rms_norm_eps), kv
+        return self._norm(last, base["final_norm"]), kv
 
     @nn.compact
     def decode(self, tokens: Int[Array, "Q G"], cache: KVCache) -> tuple[Float[Array, "Q G D"], KVCache]:
         """One more token for every row: hidden states (normed) and the cache with slot `cache.length` written."""
         base, lora = self._base(), self._lora()
+        self._check_positions(cache.prompt_k.shape[3] + cache.k.shape[4])
         adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
         positions = jnp.broadcast_to(cache.prompt_lengths[:, None] + cache.length, tokens.shape)
 
@@ -132,28 +149,31 @@ class Transformer(nn.Module):
                     written_v,
                     cache.length + 1,
                     layer=layer,
-                    scale=self.config.head_dim**-0.5,
+                    scale=self.config.score_scale,
                     window=self._window(layer),
+                    softcap=self.config.attention_softcap,
                 )
                 return out, (written_k, written_v)
 
             x, (keys, values) = self._layer(x, positions, base["layers"], layer, adapter, attend)
             return x, keys, values
 
-        carry = (embed(base["embed"], tokens, self.dtype), cache.k, cache.v)
+        carry = (self._embed(base, tokens), cache.k, cache.v)
         if any(isinstance(weight, tuple) for weight in base["layers"].values()):
             for layer in range(self.config.num_layers):
                 carry = body(layer, carry)
         else:
             carry = jax.lax.fori_loop(0, self.config.num_layers, body, carry)
         x, keys, values = carry
-        hidden = rms_norm(x, base["final_norm"], self.config.rms_norm_eps)
+        hidden = self._norm(x, base["final_norm"])
         return hidden, dataclasses.replace(cache, k=keys, v=values, length=cache.length + 1)
 
     @nn.compact
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits; for a handful of positions only, never for `[B, T]`."""
-        return matmul(hidden, self.head_weight(), out_dtype=jnp.float32)
+        logits = matmul(hidden, self.head_weight(), out_dtype=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     @nn.compact
     def head_weight(self) -> Weight:
@@ -172,18 +192,18 @@ class Transformer(nn.Module):
         dropout_key: Array | None = None,
     ) -> tuple[Array, Any]:
         """x + attention(norm x), then x + mlp(norm x), with x `[…, D]` and positions `[…]`."""
-        cfg = self.config
         linear = _Linear(weights, layer, adapter, self.lora.lora_dropout, dropout_key)
 
-        h = rms_norm(x, weights["input_norm"][layer], cfg.rms_norm_eps)
+        h = self._norm(x, weights["input_norm"], layer)
         q, k, v = self._heads(linear("qkv", h), weights, layer)
-        inv_freq = inverse_frequencies(cfg.rope, cfg.head_dim)
-        attended, kept = attend(apply_rope(q, positions, inv_freq), apply_rope(k, positions, inv_freq), v)
-        x = x + linear("out", attended.reshape(*x.shape[:-1], -1))
+        rope = self._rope(layer)
+        attended, kept = attend(apply_rope(q, positions, *rope), apply_rope(k, positions, *rope), v)
+        x = x + self._out_norm(linear("out", attended.reshape(*x.shape[:-1], -1)), weights, "attention_out_norm", layer)
 
-        h = rms_norm(x, weights["post_norm"][layer], cfg.rms_norm_eps)
+        h = self._norm(x, weights["post_norm"], layer)
         gate, up = jnp.split(linear("gate_up", h), 2, axis=-1)
-        return x + linear("down", jax.nn.silu(gate) * up), kept
+        mlp = linear("down", ACTIVATIONS[self.config.activation](gate) * up)
+        return x + self._out_norm(mlp, weights, "mlp_out_norm", layer), kept
 
     def _heads(self, qkv: Array, weights: Any, layer: int | Array) -> tuple[Array, Array, Array]:
         """Split the fused projection into heads `[…, heads, Hd]`, with QK-norm where the family has it."""
@@ -195,9 +215,43 @@ class Transformer(nn.Module):
         )
         q, k, v = heads
         if cfg.qk_norm:
-            q = rms_norm(q, weights["q_norm"][layer], cfg.rms_norm_eps)
-            k = rms_norm(k, weights["k_norm"][layer], cfg.rms_norm_eps)
+            q = self._norm(q, weights["q_norm"], layer)
+            k = self._norm(k, weights["k_norm"], layer)
         return q, k, v
+
+    def _embed(self, base: Any, tokens: Array) -> Array:
+        x = embed(base["embed"], tokens, self.dtype)
+        scale = self.config.embedding_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
+
+    def _norm(self, x: Array, scale: Array, layer: int | Array | None = None) -> Array:
+        return rms_norm(x, scale if layer is None else scale[layer], self.config.rms_norm_eps, self.config.norm_offset)
+
+    def _out_norm(self, y: Array, weights: Any, name: str, layer: int | Array) -> Array:
+        return self._norm(y, weights[name], layer) if self.config.sandwich_norms else y
+
+    def _attention(
+        self, q: Array, k: Array, v: Array, lengths: Array, layer: int | Array, segments: Array | None = None
+    ) -> Array:
+        scale, softcap = self.config.score_scale, self.config.attention_softcap
+        return causal_attention(q, k, v, lengths, self._window(layer), segments, scale, softcap)
+
+    def _rope(self, layer: int | Array) -> tuple[Any, Any]:
+        """Frequencies of the layer and the factor of cos and sin; arrays only where layers differ."""
+        cfg = self.config
+        tables = [
+            (inverse_frequencies(rope, cfg.head_dim, cfg.context_length), rope.attention_factor)
+            for rope in (cfg.rope, cfg.local_rope or cfg.rope)
+        ]
+        if cfg.local_rope is None:
+            return tables[0]
+        local = jnp.asarray([window is not None for window in cfg.windows], jnp.int32)[layer]
+        freqs, factors = zip(*tables, strict=True)
+        return jnp.asarray(freqs)[local], jnp.asarray(factors)[local]
+
+    def _check_positions(self, positions: int) -> None:
+        for rope in (self.config.rope, self.config.local_rope or self.config.rope):
+            check_positions(rope, self.config.context_length, positions)
 
     def _window(self, layer: int | Array) -> int | Array | None:
         """Sliding window of the layer; an array only where layers differ and the index is traced."""

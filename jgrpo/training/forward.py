@@ -114,6 +114,13 @@ def head_logprobs(
     head: Any = model.apply(variables, method="head_weight")
     arrays = (head.packed, head.scales) if isinstance(head, Int4Weight) else head
     flat = hidden.reshape(-1, hidden.shape[-1])
-    outputs = pallas_kernels.token_logprobs(flat, arrays, targets.reshape(-1), temperature=temperature, chunk=chunk)
+    outputs = pallas_kernels.token_logprobs(
+        flat,
+        arrays,
+        targets.reshape(-1),
+        temperature=temperature,
+        softcap=model.config.logit_softcap,
+        chunk=chunk,
+    )
     logprobs, entropy = (jnp.where(mask, output.reshape(mask.shape), 0.0) for output in outputs)
     return logprobs, entropy

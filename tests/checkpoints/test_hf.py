@@ -147,7 +147,7 @@ class TestBadInput:
 
     def test_wrong_architecture(self, checkpoint):
         edit_config(checkpoint, model_type="qwen3_moe")
-        with pytest.raises(UserError, match=r"qwen3_moe.*llama, mistral, qwen2, qwen3.*nearest: qwen3"):
+        with pytest.raises(UserError, match=r"qwen3_moe.*llama, mistral, phi3, qwen2, qwen3.*nearest: qwen3"):
             load(checkpoint)
 
     def test_already_quantized(self, checkpoint):

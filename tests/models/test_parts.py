@@ -67,8 +67,11 @@ def test_llama3_scaling_leaves_high_and_divides_low_frequencies():
     ("change", "words"),
     [
         (dict(model_type="gpt2"), ("gpt2", "supported", "llama")),
-        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), ("yarn", "llama3")),
+        (dict(rope_scaling=dict(rope_type="axial", factor=4.0)), ("axial", "llama3")),
+        (dict(rope_scaling=dict(rope_type="yarn")), ("yarn", "factor")),
+        (dict(rope_scaling=dict(rope_type="longrope", short_factor=[1.0] * 8)), ("longrope", "long_factor")),
         (dict(hidden_act="gelu"), ("gelu", "silu")),
+        (dict(use_bidirectional_attention=True), ("use_bidirectional_attention", "causal")),
         (dict(num_hidden_layers=None), ("num_hidden_layers", "missing")),
     ],
 )

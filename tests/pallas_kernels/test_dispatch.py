@@ -55,3 +55,8 @@ def test_resolve_names_the_reason():
 
 def test_the_device_of_this_process_is_known():
     assert dispatch.current_device().backend in ("cpu", "gpu", "tpu")
+
+
+def test_a_softcap_takes_the_reference_and_says_why():
+    assert dispatch.decode_attention_rule(H100, jnp.bfloat16, 128, softcap=50.0) == "reference"
+    assert "soft-cap" in str(dispatch.decode_attention_problem(H100, jnp.bfloat16, 128, softcap=50.0))

@@ -108,3 +108,25 @@ def test_bad_arguments_raise():
         token_logprobs(hidden, head, targets, temperature=0.0)
     with pytest.raises(ValueError, match="only the reference exists"):
         token_logprobs(hidden, head, targets, implementation="triton")
+
+
+def test_softcap_bends_the_logits_before_the_temperature():
+    hidden, head, targets = random_case(11)
+    hidden, cap = 3 * hidden, 1.5
+
+    def capped(h, w):
+        z = cap * jnp.tanh(h @ w.T / cap) / 0.7
+        log_p = jax.nn.log_softmax(z)
+        return jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0], -(jnp.exp(log_p) * log_p).sum(-1)
+
+    def loss(function, h, w):
+        logprobs, entropy = function(h, w)
+        return (logprobs * jnp.arange(11)).sum() + 0.3 * entropy.sum()
+
+    def ours(h, w):
+        return token_logprobs(h, w, targets, temperature=0.7, softcap=cap, chunk=4)
+
+    for got, want in zip(ours(hidden, head), capped(hidden, head), strict=True):
+        assert relative_error(got, want) < 5e-6
+    gradients = [jax.grad(loss, argnums=(1, 2))(function, hidden, head) for function in (ours, capped)]
+    assert all(relative_error(got, want) < 1e-5 for got, want in zip(*gradients, strict=True))

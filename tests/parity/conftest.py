@@ -28,6 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral", {}),
+    "phi3": ("phi3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-biases-untied": ("gemma2", {"attention_bias": True, "tie_word_embeddings": False}),
+    "gemma3": ("gemma3_text", {}),
 }
 LORA = LoraConfig(lora_rank=4, lora_alpha=6.0)
 UNQUANTIZED = QuantizationConfig(quantization="none")

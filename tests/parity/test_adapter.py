@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 
-from jgrpo.config import LINEAR_MODULES, LoraConfig
+from jgrpo.config import LoraConfig
 from jgrpo.export import export_adapter, load_adapter
+from jgrpo.lora import module_shapes
 
 from .conftest import (
     LORA,
@@ -93,8 +94,9 @@ def test_gradients_equal_pefts(case, tmp_path):
         hidden = peft_model.base_model.model.model(torch.tensor(row[None, :n])).last_hidden_state[0]
         (hidden * torch.tensor(weight[:n])).sum().backward()
     theirs = {name: p.grad.numpy() for name, p in peft_model.named_parameters() if p.requires_grad}
-    assert len(theirs) == 2 * case.config.num_layers * len(LINEAR_MODULES)
+    modules = module_shapes(case.config)
+    assert len(theirs) == 2 * case.config.num_layers * len(modules)
     for name, expected in theirs.items():
-        layer, module = int(name.split("layers.")[1].split(".")[0]), next(m for m in LINEAR_MODULES if m in name)
+        layer, module = int(name.split("layers.")[1].split(".")[0]), next(m for m in modules if f".{m}." in name)
         got = ours[module]["a" if "lora_A" in name else "b"][layer]
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)

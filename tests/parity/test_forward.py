@@ -50,7 +50,12 @@ def test_token_logprobs_equal_log_softmax_of_transformers(case):
     head = case.base["embed"] if case.config.tie_embeddings else case.base["head"]
     predicting = real(tokens[:, 1:], lengths - 1)
     ours, entropy = pallas_kernels.token_logprobs(
-        hidden[:, :-1][predicting], head, tokens[:, 1:][predicting], temperature=temperature, chunk=16
+        hidden[:, :-1][predicting],
+        head,
+        tokens[:, 1:][predicting],
+        temperature=temperature,
+        softcap=case.config.logit_softcap,
+        chunk=16,
     )
     logprobs, entropies = [], []
     for row, n in zip(tokens, lengths, strict=True):
