@@ -13,7 +13,7 @@ def enable_compilation_cache() -> None:
 
     A CPU's programs are made for one kind of processor, and a home directory may be shared by several.
     """
-    if jax.config.jax_compilation_cache_dir is not None or jax.default_backend() == "cpu":
+    if jax.config.values["jax_compilation_cache_dir"] is not None or jax.default_backend() == "cpu":
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "jgrpo" / "xla"))
