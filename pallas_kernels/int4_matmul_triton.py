@@ -1,20 +1,21 @@
 """The fused int4 matmul for NVIDIA GPUs (sm_80 and up): out = x @ dequant(W[layer])^T (+ xa @ B[layer]^T).
 
 Bound by the bytes of the packed weights while M is small, so the kernel is built around their path: 16-byte
-asynchronous copies of [BLOCK_N, BLOCK_K / 2] bytes, one 32-bit register = 4 bytes = 4 low + 4 high nibbles, unpacked by
-`prmt` straight into pairs of bfloat16 (0x43nn = 128 + n, exact), minus 136, times the group's scale. Split-half packing
-makes this two products per byte tile: low nibbles against the first half of each group's x, high against the second.
+asynchronous copies of [BLOCK_N, BLOCK_K / 2] bytes; one 32-bit register = 4 bytes = 4 low + 4 high nibbles, unpacked by
+`prmt` straight into pairs of bfloat16 (0x43nn = 128 + n, exact), minus 136, times the group's scale. Joining the low and
+the high half of each group restores the order of K without moving data, so x is read as it lies.
 
-Two shapes of the product:
+Three forms of the product (`tuning.Int4Config.product`):
 
-- plain: x [BLOCK_M, k] is the left operand, weights are `mma.sync`'s right one. Few rows, and GPUs before Hopper.
-- swapped: weights are the left operand, taken by `wgmma` from registers, x^T the right one, read from shared memory by
-  the tensor core itself. Its fragments hold elements (2t, 2t+1, 2t+8, 2t+9) of every 16, where a thread's four bytes
-  are (4t .. 4t+3); so x's columns are permuted to match before the launch (`permute_columns`; XLA fuses that into
-  whatever produced x). The weight tile is read as [N/8, K/16, 8, 16] blocks, which lie free of bank conflicts.
+- mma: x [BLOCK_M, k] is the left operand of `mma.sync`, the weights its right one.
+- mma_swapped: the weights are the left operand. Fewer register moves; two warps, since with four Triton takes wgmma.
+- wgmma (Hopper): the weights are the left operand, from registers; x^T is read from shared memory by the tensor core.
+  Its fragments hold elements (2t, 2t+1, 2t+8, 2t+9) of every 16 where a thread's four bytes are (4t .. 4t+3), so x's
+  columns are permuted to match before the launch (`permute_columns`; XLA fuses that into whatever produced x). The
+  weight tile is read as [N/8, K/16, 8, 16] blocks, which lie free of bank conflicts.
 
 Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float32 partial sums are written and XLA adds
-them (fused into the consumer); the first split adds the LoRA product.
+them; the first split adds the LoRA product.
 """
 
 import jax
@@ -99,6 +100,9 @@ def int4_matmul_kernel(
     HALF: tl.constexpr = GROUP // 2
     BYTES: tl.constexpr = BLOCK_K // 2
     GROUPS: tl.constexpr = BLOCK_K // GROUP
+    STEPS: tl.constexpr = 2 if WGMMA and GROUPS == 2 else 1  # halves the registers that dequantized weights take
+    STEP_K: tl.constexpr = BLOCK_K // STEPS
+    STEP_BYTES: tl.constexpr = STEP_K // 2
     BLOCKS: tl.constexpr = K // BLOCK_K
     PER_SPLIT: tl.constexpr = (BLOCKS + SPLIT_K - 1) // SPLIT_K
 
@@ -114,29 +118,37 @@ def int4_matmul_kernel(
     safe_m = tl.minimum(rows_m, M - 1)
     safe_n = tl.minimum(rows_n, N - 1)
 
-    byte = tl.arange(0, BYTES)
-    x_ptrs = x_ptr + safe_m[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    x_ptrs = x_ptr + safe_m[:, None] * K + tl.arange(0, STEP_K)[None, :]
     scale_ptrs = scales_ptr + safe_n[:, None] * (K // GROUP) + tl.arange(0, GROUPS)[None, :]
-    if WGMMA:  # [BLOCK_N / 8, BYTES / 16, 8, 16]
+    if WGMMA:  # [BLOCK_N / 8, STEP_BYTES / 16, 8, 16]
         eights = tl.arange(0, BLOCK_N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-        columns = tl.arange(0, BYTES // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
+        columns = tl.arange(0, STEP_BYTES // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
         offsets = tl.minimum(tl.program_id(1) * BLOCK_N + eights, N - 1) * (K // 2) + columns
         # Only the last axis is contiguous. The other hints order the axes of the copy: neighbouring threads take the 8
         # rows first, which fills a shared-memory line, then the columns, which fills a memory sector.
         packed_ptrs = packed_ptr + tl.max_contiguous(offsets, (1, 2, 4, 16))
     else:
-        packed_ptrs = packed_ptr + safe_n[:, None] * (K // 2) + byte[None, :]
+        packed_ptrs = packed_ptr + safe_n[:, None] * (K // 2) + tl.arange(0, STEP_BYTES)[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
-        x = tl.load(x_ptrs + block * BLOCK_K)
-        packed = tl.load(packed_ptrs + block * BYTES)
         scales = tl.load(scale_ptrs + block * GROUPS).to(DTYPE)
-        if WGMMA:
-            blocks = tl.reshape(packed, (BLOCK_N // 8, BYTES // 16, 8, 4, 2, 2))
-            packed = tl.reshape(tl.permute(blocks, (0, 2, 1, 4, 3, 5)), (BLOCK_N, BYTES))
-        weights = _dequantized(packed, scales, BLOCK_N, GROUPS, HALF, PTX, DTYPE)
-        acc = tl.dot(weights, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(weights), acc)
+        if STEPS == 2:
+            first_scales, second_scales = tl.split(scales)
+        for step in tl.static_range(STEPS):
+            x = tl.load(x_ptrs + block * BLOCK_K + step * STEP_K)
+            packed = tl.load(packed_ptrs + block * BYTES + step * STEP_BYTES)
+            if STEPS == 2:
+                scales = first_scales[:, None] if step == 0 else second_scales[:, None]
+            if WGMMA:
+                blocks = tl.reshape(packed, (BLOCK_N // 8, STEP_BYTES // 16, 8, 4, 2, 2))
+                packed = tl.reshape(tl.permute(blocks, (0, 2, 1, 4, 3, 5)), (BLOCK_N, STEP_BYTES))
+            weights = _dequantized(packed, scales, BLOCK_N, GROUPS // STEPS, HALF, PTX, DTYPE)
+            acc = tl.dot(weights, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(weights), acc)
+        if WGMMA and PTX:
+            # A use outside of products makes Triton wait for them here. Left to itself it lets them run on into the next
+            # iteration, which overwrites registers they still read (seen with Triton 3.6: wrong sums under load).
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
     if R > 0 and split == 0:
         rank = tl.arange(0, R_PAD)
@@ -215,7 +227,8 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.
         DTYPE=_triton_type(x.dtype),
         **kernel_constants(m, n, k, group, rank, config),
     )
-    return out.sum(axis=0).astype(out_dtype) if partial_sums else out
+    # Slices and additions rather than a reduction: XLA then fuses them with what follows into one elementwise kernel.
+    return sum(out[split] for split in range(config.split_k)).astype(out_dtype) if partial_sums else out
 
 
 def _triton_type(dtype):
