@@ -107,7 +107,7 @@ class RewardConfig:
     """Reward functions."""
 
     reward_functions: tuple[str, ...] = ()
-    """Registry names or dotted paths (package.module.function); empty: the built-in task's own."""
+    """Registry names or dotted paths (package.module.function); "task": the built-in task's own, also if empty."""
     reward_weights: tuple[float, ...] = ()
     """One weight for each function; empty: 1 each."""
     reward_timeout: float = 30.0

@@ -30,6 +30,10 @@ REWARDS: Mapping[str, RewardFn] = {
 }
 
 
+TASK = "task"
+"""The name that stands for the built-in task's own functions; a weight given for it is the weight of each."""
+
+
 @dataclass(frozen=True)
 class NamedReward:
     """A reward function, the name its metrics carry, and its weight in the sum."""
@@ -40,22 +44,28 @@ class NamedReward:
 
 
 def resolve_rewards(config: RewardConfig, defaults: tuple[str, ...] = ()) -> list[NamedReward]:
-    """The functions that the config names, or `defaults` (the task's own) where it names none.
+    """The functions that the config names; `defaults` (the task's own) for the name "task", or where it names none.
 
     Raises `UserError` for an unknown name, a path that cannot be imported, something that is no function, two
     functions of one name, and weights whose number differs from the functions'.
     """
-    names = config.reward_functions or defaults
-    if not names:
+    names = config.reward_functions or (TASK,)
+    if TASK in names and not defaults:
+        given = "empty" if not config.reward_functions else f"{', '.join(names)}"
         raise UserError(
-            f"reward_functions is empty and the data set brings none; name at least one of {', '.join(REWARDS)}"
+            f"reward_functions is {given}, and the data set brings none; name at least one of {', '.join(REWARDS)}"
         )
     weights = config.reward_weights or (1.0,) * len(names)
     if len(weights) != len(names):
         raise UserError(
             f"reward_weights has {len(weights)} entries for {len(names)} reward functions; give one for each"
         )
-    return named_rewards([_find(name) for name in names], weights)
+    pairs = [
+        (function, weight)
+        for name, weight in zip(names, weights, strict=True)
+        for function in (defaults if name == TASK else (name,))
+    ]
+    return named_rewards([_find(name) for name, _ in pairs], tuple(weight for _, weight in pairs))
 
 
 def named_rewards(functions: list[RewardFn], weights: tuple[float, ...] = ()) -> list[NamedReward]:
