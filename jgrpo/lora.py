@@ -41,7 +41,7 @@ def module_shapes(config: "ModelConfig") -> dict[str, tuple[int, int]]:
     q, k, v = config.qkv_splits
     width, mlp = config.hidden_size, config.intermediate_size
     shapes = ((q, width), (k, width), (v, width), (width, q), (mlp, width), (mlp, width), (width, mlp))
-    single = dict(zip(LINEAR_MODULES, shapes, strict=True))
+    single: dict[str, tuple[int, int]] = dict(zip(LINEAR_MODULES, shapes, strict=True))
     return {
         module: single[module] if module in single else (sum(single[part][0] for part in parts), width)
         for (matrix, modules), parts in zip(matrix_modules(config).items(), _FUSED.values(), strict=True)

@@ -7,8 +7,9 @@ NVIDIA GPUs of compute capability 8.0 and up a fused kernel runs where it is fas
 Operations on layers take the stack of all layers and a layer index: a slice in front of a custom call would be copied.
 """
 
+from pallas_kernels.codes import NF4, dequantize
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.token_logprobs import token_logprobs
 
-__all__ = ["decode_attention", "int4_matmul", "token_logprobs"]
+__all__ = ["NF4", "decode_attention", "dequantize", "int4_matmul", "token_logprobs"]

@@ -60,12 +60,14 @@ def _triton_problem(device: Device, dtype) -> str | None:
     return None
 
 
-def int4_matmul_problem(device: Device, dtype, k: int, group: int) -> str | None:
+def int4_matmul_problem(device: Device, dtype, k: int, group: int, code: str = "int4") -> str | None:
     """Why the fused int4 kernel cannot run this product; None when it can."""
     if problem := _triton_problem(device, dtype):
         return problem
     if group not in INT4_MATMUL_GROUPS:
         return f"group size must be one of {INT4_MATMUL_GROUPS}, got {group}"
+    if code != "int4":
+        return f"it reads int4 weights, these are {code}"
     return None
 
 
@@ -74,9 +76,9 @@ def int4_matmul_problem(device: Device, dtype, k: int, group: int) -> str | None
 INT4_CROSSOVER_ROWS = {9: 256, 8: 512}
 
 
-def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int) -> str:
+def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int, code: str = "int4") -> str:
     """Fused while decoding (few rows), dequantize + cuBLAS while training (many rows)."""
-    if int4_matmul_problem(device, dtype, k, group):
+    if int4_matmul_problem(device, dtype, k, group, code):
         return REFERENCE
     assert device.capability is not None
     return TRITON if m <= INT4_CROSSOVER_ROWS.get(device.capability[0], 256) else REFERENCE

@@ -1,4 +1,4 @@
-"""x @ int4 weight^T with a LoRA epilogue, over a stack of layers; differentiable in x, xa and lora_b.
+"""x @ quantized weight^T with a LoRA epilogue, over a stack of layers; differentiable in x, xa and lora_b.
 
 The backward keeps the packed weights only and dequantizes them again: dx = g @ W, dxa = g @ B, dB = g^T xa. The base
 is frozen by design, so differentiating `scales` raises instead of returning zeros (`packed` is an integer array, which
@@ -13,6 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch, reference
+from pallas_kernels.codes import PER_BYTE
 
 
 def int4_matmul(
@@ -25,49 +26,53 @@ def int4_matmul(
     lora_b: Float[Array, "*L N R"] | None = None,
     out_dtype=None,
     implementation: str | None = None,
+    code: str = "int4",
 ) -> Float[Array, "M N"]:
     """x @ dequant(W[layer])^T (+ xa @ lora_b[layer]^T).
 
     Args:
       x: activations.
-      packed: two int4 values a byte (see `reference.py` for the format), one layer or a stack of them.
+      packed: the bytes of the weights, read by `code`, one layer or a stack of them.
       scales: one scale a group of input elements.
       layer: index into the stack, a Python int or a traced scalar; None when there is no stack.
       xa: x @ A^T, already times the LoRA scale. Given together with `lora_b`.
       lora_b: one layer's [N, R] also when `packed` is a stack, or a stack [L, N, R].
       out_dtype: x's dtype by default. Accumulation is float32.
       implementation: "reference", "triton", or None for the rule in `dispatch.py`.
+      code: "int4" (symmetric), "nf4" or "int8"; see `codes.py`.
 
     Raises:
       ValueError: shapes do not fit, or the named implementation cannot run here.
       TypeError: under differentiation with respect to `scales`.
     """
-    _check_shapes(x, packed, scales, layer, xa, lora_b)
-    device, group = dispatch.current_device(), reference.group_size(packed, scales)
+    _check_shapes(x, packed, scales, layer, xa, lora_b, code)
+    device, group = dispatch.current_device(), reference.group_size(packed, scales, code)
     m, k = x.shape
     chosen = dispatch.resolve(
         "int4_matmul",
         implementation,
-        dispatch.int4_matmul_rule(device, x.dtype, m, k, group),
-        dispatch.int4_matmul_problem(device, x.dtype, k, group),
+        dispatch.int4_matmul_rule(device, x.dtype, m, k, group, code),
+        dispatch.int4_matmul_problem(device, x.dtype, k, group, code),
     )
     # A Python index stays one: the kernel then gets it as an argument instead of reading it from memory first.
     static = layer if layer is None or isinstance(layer, int) else None
     traced = None if layer is static else jnp.asarray(layer, jnp.int32)
-    return _int4_matmul(jnp.dtype(out_dtype or x.dtype), chosen, static, x, packed, scales, traced, xa, lora_b)
+    return _int4_matmul(jnp.dtype(out_dtype or x.dtype), (chosen, code), static, x, packed, scales, traced, xa, lora_b)
 
 
-def _check_shapes(x, packed, scales, layer, xa, lora_b) -> None:
+def _check_shapes(x, packed, scales, layer, xa, lora_b, code) -> None:
+    width = PER_BYTE[code] * packed.shape[-1]
     if packed.ndim != (2 if layer is None else 3) or scales.ndim != packed.ndim:
         raise ValueError(
             f"int4_matmul: layer={layer!r} wants packed and scales {'[N, .]' if layer is None else '[L, N, .]'}, "
             f"got {packed.shape} and {scales.shape}"
         )
-    if x.ndim != 2 or x.shape[1] != 2 * packed.shape[-1]:
-        raise ValueError(f"int4_matmul: x must be [M, {2 * packed.shape[-1]}] for packed {packed.shape}, got {x.shape}")
-    if packed.dtype != jnp.uint8 or x.shape[1] % scales.shape[-1] or packed.shape[:-1] != scales.shape[:-1]:
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"int4_matmul: x must be [M, {width}] for packed {packed.shape}, got {x.shape}")
+    byte = jnp.int8 if code == "int8" else jnp.uint8
+    if packed.dtype != byte or x.shape[1] % scales.shape[-1] or packed.shape[:-1] != scales.shape[:-1]:
         raise ValueError(
-            f"int4_matmul: uint8 packed and scales must agree, got {packed.dtype}{packed.shape}, {scales.shape}"
+            f"int4_matmul: {code} bytes and scales must agree, got {packed.dtype}{packed.shape}, {scales.shape}"
         )
     if (xa is None) != (lora_b is None):
         raise ValueError("int4_matmul: give xa and lora_b together")
@@ -84,33 +89,36 @@ def _lora_layer(lora_b, layer):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _int4_matmul(out_dtype, implementation: str, static_layer: int | None, x, packed, scales, traced_layer, xa, lora_b):
+def _int4_matmul(
+    out_dtype, how: tuple[str, str], static_layer: int | None, x, packed, scales, traced_layer, xa, lora_b
+):
     layer = static_layer if traced_layer is None else traced_layer
+    implementation, code = how
     if implementation == dispatch.TRITON:
         from pallas_kernels.int4_matmul_triton import int4_matmul as fused
 
         return fused(x, packed, scales, layer, xa, lora_b, out_dtype)
     b = None if lora_b is None else _lora_layer(lora_b, layer)
-    return reference.int4_matmul(x, packed, scales, layer, xa, b, out_dtype)
+    return reference.int4_matmul(x, packed, scales, layer, xa, b, out_dtype, code)
 
 
-def _forward(out_dtype, implementation, static_layer, x, packed, scales, traced_layer, xa, lora_b):
+def _forward(out_dtype, how, static_layer, x, packed, scales, traced_layer, xa, lora_b):
     if scales.perturbed:
         raise TypeError("int4_matmul: quantized weights are frozen; differentiate the adapter, not the base")
     primals = (x, packed, scales, traced_layer, xa, lora_b)
     primals = tuple(None if primal is None else primal.value for primal in primals)
-    out = _int4_matmul(out_dtype, implementation, static_layer, *primals)
+    out = _int4_matmul(out_dtype, how, static_layer, *primals)
     like_x = jnp.zeros((0,), x.value.dtype)  # keeps x's dtype without keeping x
     return out, (like_x, *primals[1:])
 
 
-def _backward(out_dtype, implementation, static_layer, residuals, g):
+def _backward(out_dtype, how, static_layer, residuals, g):
     like_x, packed, scales, traced_layer, xa, lora_b = residuals
     layer = static_layer if traced_layer is None else traced_layer
     if isinstance(g, SymbolicZero):
         return None, None, None, None, None, None
     g = g.astype(like_x.dtype)
-    g, weight = reference.layer_weight(g, packed, scales, layer)
+    g, weight = reference.layer_weight(g, packed, scales, layer, how[1])
     dx = reference.einsum_f32("mn,nk->mk", g, weight).astype(like_x.dtype)
     if xa is None:
         return dx, None, None, None, None, None

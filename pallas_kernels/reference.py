@@ -1,20 +1,17 @@
 """jnp twins of the kernels: the oracle of their tests, and the path on CPU, TPU and GPUs below compute capability 8.0.
 
-int4 format: symmetric, value = (nibble - 8) * scale, groups of g along the input axis K, split-half inside a group:
-byte j of group n holds element n*g + j in its low nibble and element n*g + g/2 + j in its high nibble.
+How the bytes of a quantized matrix are read: `codes.py`.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.codes import dequantize, group_size
 
-
-def group_size(packed: UInt8[Array, "*L N K2"], scales: Float[Array, "*L N K_g"]) -> int:
-    """Input elements that share one scale."""
-    return 2 * packed.shape[-1] // scales.shape[-1]
+__all__ = ["decode_attention", "dequantize", "einsum_f32", "group_size", "int4_matmul", "layer_weight", "take_layer"]
 
 
 def einsum_f32(spec: str, a: Array, b: Array) -> Array:
@@ -24,21 +21,12 @@ def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def dequantize(packed: UInt8[Array, "*L N K2"], scales: Float[Array, "*L N K_g"], dtype) -> Float[Array, "*L N K"]:
-    """The weights in `dtype`; the product is rounded once, from float32."""
-    *lead, half_k = packed.shape
-    groups = packed.reshape(*lead, scales.shape[-1], -1)
-    nibbles = jnp.concatenate([groups & 0xF, groups >> 4], axis=-1).astype(jnp.int8)
-    values = (nibbles - 8).astype(jnp.float32) * scales[..., None].astype(jnp.float32)
-    return values.reshape(*lead, 2 * half_k).astype(dtype)
-
-
 def take_layer(stack: Array, layer: Int[Array, ""] | int | None) -> Array:
     """`stack[layer]`; a traced index stays one dynamic slice that XLA can fuse into its consumer."""
     return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
 
-def layer_weight(x: Array, packed, scales, layer) -> tuple[Array, Float[Array, "N K"]]:
+def layer_weight(x: Array, packed, scales, layer, code: str = "int4") -> tuple[Array, Float[Array, "N K"]]:
     """x unchanged, and the dequantized weight of `layer` in x's dtype.
 
     Inside a decoding loop the weights are loop-invariant, and XLA may hoist their dequantization into a
@@ -50,12 +38,12 @@ def layer_weight(x: Array, packed, scales, layer) -> tuple[Array, Float[Array, "
     else:
         x, layer = lax.optimization_barrier((x, jnp.asarray(layer, jnp.int32)))
         packed, scales = take_layer(packed, layer), take_layer(scales, layer)
-    return x, dequantize(packed, scales, x.dtype)
+    return x, dequantize(packed, scales, x.dtype, code)
 
 
-def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype) -> Float[Array, "M N"]:
+def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, code: str = "int4") -> Float[Array, "M N"]:
     """x @ dequant(W[layer])^T (+ xa @ lora_b^T), accumulated in float32, rounded once to `out_dtype`."""
-    x, weight = layer_weight(x, packed, scales, layer)
+    x, weight = layer_weight(x, packed, scales, layer, code)
     out = einsum_f32("mk,nk->mn", x, weight)
     if xa is not None:
         out += einsum_f32("mr,nr->mn", xa, lora_b.astype(xa.dtype))

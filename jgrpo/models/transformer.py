@@ -3,7 +3,8 @@
 `model.apply({"params": base, "lora": lora}, …)`: with an adapter it is the policy, with `lora = {}` the reference. Layers are
 stacked `[L, …]`, and a layer reads its weights by index: whole-sequence forwards scan over the index; decoding
 loops over it and hands stacks and index to the kernels, which add an offset instead of slicing a copy.
-Weights that come as one array for each layer (a tuple) are decoded in an unrolled loop: no stack, nothing to slice.
+Weights that come as one array for each layer (a tuple), or in forms that differ between layers (`MixedWeight`), are
+decoded in an unrolled loop: nothing to slice, nothing to choose at run time.
 
 Linen is used for what it gives here, the split of the collections and a hashable module; parameters are plain
 pytrees (`base_shapes` states them), because `Int4Weight` leaves and stacked layers are not Linen's own.
@@ -28,7 +29,7 @@ from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies
-from jgrpo.quantization import Weight, embed, matmul
+from jgrpo.quantization import MixedWeight, Weight, embed, matmul
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q, k, v) of one layer, rotated -> (attention output, whatever the caller keeps of k and v)."""
@@ -126,8 +127,13 @@ class Transformer(nn.Module):
         return self._norm(last, base["final_norm"]), kv
 
     @nn.compact
-    def decode(self, tokens: Int[Array, "Q G"], cache: KVCache) -> tuple[Float[Array, "Q G D"], KVCache]:
-        """One more token for every row: hidden states (normed) and the cache with slot `cache.length` written."""
+    def decode(
+        self, tokens: Int[Array, "Q G"], cache: KVCache, *, unroll: bool = False
+    ) -> tuple[Float[Array, "Q G D"], KVCache]:
+        """One more token for every row: hidden states (normed) and the cache with slot `cache.length` written.
+
+        `unroll` writes the layers out instead of looping over them; so do weights with one array or form for each layer.
+        """
         base, lora = self._base(), self._lora()
         self._check_positions(cache.prompt_k.shape[3] + cache.k.shape[4])
         adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
@@ -159,7 +165,7 @@ class Transformer(nn.Module):
             return x, keys, values
 
         carry = (self._embed(base, tokens), cache.k, cache.v)
-        if any(isinstance(weight, tuple) for weight in base["layers"].values()):
+        if unroll or any(isinstance(weight, tuple | MixedWeight) for weight in base["layers"].values()):
             for layer in range(self.config.num_layers):
                 carry = body(layer, carry)
         else:

@@ -9,7 +9,18 @@ from jgrpo.errors import UserError
 from jgrpo.models.attention import blockwise_attention
 from jgrpo.models.config import RopeConfig, model_config_from_hf
 from jgrpo.models.rope import apply_rope, inverse_frequencies
-from jgrpo.quantization import Int4Weight, dequantize, embed, matmul, quantize
+from jgrpo.quantization import (
+    Int4Weight,
+    Int8Weight,
+    MixedWeight,
+    NF4Weight,
+    dequantize,
+    embed,
+    matmul,
+    quantize,
+    quantize_int8,
+    take_layer,
+)
 
 HF = dict(
     model_type="llama", vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
@@ -131,9 +142,65 @@ def test_matmul_is_the_same_for_every_storage():
     a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 64), (2, 40, 4)))
     dense = dequantize(quantized)
     expected = np.asarray(x, np.float64) @ (np.asarray(dense[1], np.float64) + np.asarray(b[1] @ a[1], np.float64)).T
-    for stored in (quantized, dense, tuple(dense)):
+    mixed = MixedWeight((jax.tree.map(lambda leaf: leaf[1:], quantized), dense[:1]), ((1, 0), (0, 0)))
+    for stored in (quantized, dense, tuple(dense), mixed):
         np.testing.assert_allclose(matmul(x, stored, 1, (a, b)), expected, rtol=1e-4, atol=1e-3)
         np.testing.assert_allclose(matmul(x, stored, 1, (a[1], b[1])), expected, rtol=1e-4, atol=1e-3)
+
+
+def random_packed(code: str, rng: np.random.Generator):
+    packed = rng.integers(0, 256, (2, 40, 32), dtype=np.uint8)
+    scales = jnp.asarray(rng.uniform(0.1, 0.3, (2, 40, 2)), jnp.float32)
+    if code == "int4":
+        return Int4Weight(jnp.asarray(packed), scales, jnp.asarray(rng.integers(0, 17, (2, 40, 2), dtype=np.uint8)))
+    if code == "nf4":
+        return NF4Weight(jnp.asarray(packed), scales)
+    return Int8Weight(jnp.asarray(rng.integers(-127, 128, (2, 40, 64), dtype=np.int8)), scales)
+
+
+@pytest.mark.parametrize("code", ["int4", "nf4", "int8"])
+def test_matmul_and_its_gradients_are_those_of_the_dequantized_weight(code):
+    """Int4 with zero-points, NF4 and int8; by a Python index and by a traced one; alone, and in a mixed stack."""
+    rng = np.random.default_rng(3)
+    weight = random_packed(code, rng)
+    dense = dequantize(weight)
+    assert weight.shape == dense.shape == (2, 40, 64)
+    x, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 64), (2, 4, 64), (2, 40, 4)))
+    cotangent = jnp.asarray(rng.normal(size=(3, 40)), jnp.float32)
+
+    def loss(x, a, b, weight, layer):
+        return (cotangent * matmul(x, weight, layer, (a, b))).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnames=())
+    mixed = MixedWeight((dense[1:], jax.tree.map(lambda leaf: leaf[:1], weight)), ((1, 0), (0, 0)))
+    for layer in (0, 1):
+        expected = gradient(x, a, b, dense, layer)
+        for stored in (weight, mixed):
+            jax.tree.map(
+                lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-3),
+                gradient(x, a, b, stored, layer),
+                expected,
+            )
+            static = jax.value_and_grad(loss, argnums=(0, 1, 2))(x, a, b, stored, layer)
+            jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-3), static, expected)
+        np.testing.assert_allclose(matmul(x, weight, layer), x @ dense[layer].T, rtol=1e-4, atol=1e-3)
+
+
+def test_levels_of_int8_are_within_half_a_step():
+    weight = np.random.default_rng(0).normal(size=(5, 128)).astype(np.float32)
+    quantized = quantize_int8(weight, 32)
+    error = np.abs(dequantize(quantized) - weight).reshape(5, 4, 32)
+    assert (error <= 0.5001 * quantized.scales[..., None]).all()
+    assert np.abs(quantized.packed).max() == 127
+
+
+def test_take_layer_of_a_mixed_stack():
+    weight = random_packed("nf4", np.random.default_rng(4))
+    wide = jnp.ones((1, 40, 64))
+    mixed = MixedWeight((weight, wide), ((0, 1), (1, 0), (0, 0)))
+    assert mixed.shape == (3, 40, 64)
+    np.testing.assert_array_equal(dequantize(take_layer(mixed, 0)), dequantize(weight)[1])
+    np.testing.assert_array_equal(take_layer(mixed, 1), wide[0])
 
 
 def test_embedding_rows_of_a_quantized_table():

@@ -1,0 +1,33 @@
+"""Quantized weights, how weights become them, and the one matmul that every linear layer goes through."""
+
+from jgrpo.quantization.linear import embed, matmul
+from jgrpo.quantization.rounding import quantize, quantize_int8
+from jgrpo.quantization.weights import (
+    NF4,
+    Int4Weight,
+    Int8Weight,
+    MixedWeight,
+    NF4Weight,
+    PackedWeight,
+    Weight,
+    dequantize,
+    pack_nibbles,
+    take_layer,
+)
+
+__all__ = [
+    "NF4",
+    "Int4Weight",
+    "Int8Weight",
+    "MixedWeight",
+    "NF4Weight",
+    "PackedWeight",
+    "Weight",
+    "dequantize",
+    "embed",
+    "matmul",
+    "pack_nibbles",
+    "quantize",
+    "quantize_int8",
+    "take_layer",
+]

@@ -1,0 +1,97 @@
+"""x Wᵀ for every form of W, with the adapter beside it: the one matmul entry point of all linear layers.
+
+A zero-point is linear in the inputs of its group: Σ (n - z)·s·x = Σ (n - 8)·s·x + (8 - z)·s·Σ x. So an asymmetric weight is
+the symmetric product plus one more low-rank product, over the sums of the groups, which rides in the adapter's place:
+the kernels know symmetric levels only.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+import pallas_kernels
+from jgrpo.quantization.weights import MixedWeight, PackedWeight, Weight, dequantize
+
+
+def matmul(
+    x: Float[Array, "*B K"],
+    weight: Weight,
+    layer: int | Int[Array, ""] | None = None,
+    adapter: tuple[Float[Array, "*L R K"], Float[Array, "*L N R"]] | None = None,
+    out_dtype: Any = None,
+) -> Float[Array, "*B N"]:
+    """x Wᵀ + (x Aᵀ) Bᵀ: the matmul entry point of every linear layer.
+
+    `layer` picks from a stacked weight; an adapter `(a, b)` is either stacked likewise or that layer's own, and its
+    scale is already in `a`. The result has `x.dtype` unless `out_dtype` is given; sums are in float32.
+    """
+    if isinstance(weight, MixedWeight):
+        return _mixed(x, weight, layer, adapter, out_dtype)
+    a, b = adapter if adapter is not None else (None, None)
+    xa = None if a is None else jnp.einsum("...k,rk->...r", x, _at(a, layer).astype(x.dtype))
+    if isinstance(weight, PackedWeight):
+        return _packed(x, weight, layer, xa, b, out_dtype)
+    out = _dot(x, _at(weight, layer), out_dtype)
+    return out if xa is None or b is None else out + _dot(xa, _at(b, layer), out_dtype)
+
+
+def _packed(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None, out_dtype: Any) -> Array:
+    if weight.zeros is not None:
+        xa, b = _with_zeros(x, weight, layer, xa, b)
+    out = pallas_kernels.int4_matmul(
+        x.reshape(-1, x.shape[-1]),
+        weight.packed,
+        weight.scales,
+        layer=layer,
+        xa=None if xa is None else xa.reshape(-1, xa.shape[-1]),
+        lora_b=None if b is None else b.astype(x.dtype),
+        out_dtype=out_dtype or x.dtype,
+        code=weight.code,
+    )
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _with_zeros(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None) -> tuple[Array, Array]:
+    """The adapter's product with the zero-points beside it: inputs `[..., R + K/g]`, outputs `[N, R + K/g]`."""
+    sums = x.reshape(*x.shape[:-1], -1, weight.group_size).sum(-1, dtype=jnp.float32).astype(x.dtype)
+    offsets = (8.0 - _at(weight.zeros, layer).astype(jnp.float32)) * _at(weight.scales, layer).astype(jnp.float32)
+    offsets = offsets.astype(x.dtype)
+    if xa is None or b is None:
+        return sums, offsets
+    return jnp.concatenate([xa, sums], -1), jnp.concatenate([_at(b, layer).astype(x.dtype), offsets], -1)
+
+
+def _mixed(x: Array, weight: MixedWeight, layer: Any, adapter: Any, out_dtype: Any) -> Array:
+    own = None if adapter is None else (_at(adapter[0], layer), _at(adapter[1], layer))
+    if isinstance(layer, int):
+        part, index = weight.where[layer]
+        return matmul(x, weight.parts[part], index, own, out_dtype)
+    parts, indices = (jnp.asarray(column, jnp.int32)[layer] for column in zip(*weight.where, strict=True))
+
+    def branch(part: Any) -> Any:
+        return lambda x, index, own: matmul(x, part, index, own, out_dtype)
+
+    return jax.lax.switch(parts, [branch(part) for part in weight.parts], x, indices, own)
+
+
+def _dot(x: Array, weight: Array, out_dtype: Any) -> Array:
+    out = jnp.einsum("...k,nk->...n", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return out.astype(out_dtype or x.dtype)
+
+
+def _at(stack: Any, layer: Any) -> Array:
+    """The layer's own matrix: `stack[layer]`, or `stack` itself where it has no layer axis."""
+    if isinstance(stack, tuple):
+        return stack[layer]
+    return stack if stack.ndim == 2 else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+def embed(table: Weight, tokens: Int[Array, "*B"], dtype: Any) -> Float[Array, "*B D"]:
+    """Rows of the embedding `[V, D]`; of a quantized one, only the rows asked for are dequantized."""
+    if isinstance(table, PackedWeight):
+        return dequantize(jax.tree.map(lambda leaf: leaf[tokens], table), dtype)
+    assert isinstance(table, Array)
+    return table[tokens].astype(dtype)

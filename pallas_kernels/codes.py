@@ -1,0 +1,62 @@
+"""How bytes stand for the elements of a frozen matrix. Groups of g elements along the input axis K share one scale.
+
+- "int4": (nibble - zero) * scale, zero = 8 unless zeros are given;
+- "nf4": NF4[nibble] * scale, the quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E);
+- "int8": byte * scale.
+
+Four-bit codes are split-half inside a group: byte j of group n holds element n*g + j in its low nibble and element
+n*g + g/2 + j in its high nibble.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+NF4 = np.asarray(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+PER_BYTE = {"int4": 2, "nf4": 2, "int8": 1}
+"""Elements in a byte of each code."""
+
+
+def group_size(packed: Any, scales: Any, code: str = "int4") -> int:
+    """Input elements that share one scale."""
+    return PER_BYTE[code] * packed.shape[-1] // scales.shape[-1]
+
+
+def dequantize(packed: Any, scales: Any, dtype: Any, code: str = "int4", zeros: Any = None) -> Any:
+    """The weights `[*L, N, K]` in `dtype`, rounded once from float32; numpy in, numpy out, and jax in, jax out."""
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    *lead, width = packed.shape
+    groups = packed.reshape(*lead, scales.shape[-1], -1)
+    if code == "int8":
+        levels = groups.astype(xp.float32)
+    else:
+        nibbles = xp.concatenate([groups & 0xF, groups >> 4], axis=-1)
+        if code == "nf4":
+            levels = xp.asarray(NF4)[nibbles]
+        elif zeros is None:
+            levels = (nibbles.astype(xp.int8) - 8).astype(xp.float32)
+        else:
+            levels = (nibbles.astype(xp.int8) - zeros[..., None].astype(xp.int8)).astype(xp.float32)
+    values = levels * scales[..., None].astype(xp.float32)
+    return values.reshape(*lead, PER_BYTE[code] * width).astype(dtype)
