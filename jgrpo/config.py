@@ -100,6 +100,13 @@ class RolloutConfig:
     """Keep tokens with at least this fraction of the most likely token's probability; 0: all."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion besides the model's own EOS ids."""
+    rollout_weights: Literal["int4", "bf16", "auto"] = "int4"
+    """What decodes: the base as stored plus the adapter (int4), or a copy with the adapter merged in, made for each
+    rollout in the compute dtype (bf16): faster with many rows, at the price of its memory. auto: by rows and memory."""
+    compaction: bool = True
+    """Go on with fewer rows once most completions have ended, so that a long tail doesn't cost what the whole batch costs."""
+    decode_layers: Literal["auto", "loop", "unrolled"] = "auto"
+    """Layers of a decode step as a loop (compiles fastest) or written out (fewer copies of indices); auto: unrolled on a GPU."""
 
 
 @dataclass(frozen=True)

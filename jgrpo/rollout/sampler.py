@@ -1,9 +1,9 @@
-"""The decode loop: one compiled program takes prompts to a `Rollout`.
+"""The decode loop: prefill, chunks of tokens, and the loop over chunks.
 
 Each prompt is prefilled once for its whole group. The KV cache is part of the loop's carry, so it is updated in
 place. The outer loop runs over chunks of up to 32 tokens and leaves as soon as every row is done; the inner loop has a
 known trip count, so that on a GPU the host waits once a chunk and not once a token. All rows advance in
-lockstep, and a row that is done draws pad tokens outside its mask.
+lockstep, and a row that is done draws pad tokens outside its mask (`compaction.py` drops those rows in time).
 
 A step draws a token from the hidden states and then decodes it, so the token after the prompt is no special case; the
 price is one decode whose hidden states nobody reads.
@@ -12,9 +12,8 @@ Every row has its own key, and its random number for token t is the same whateve
 the number of questions.
 """
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -24,10 +23,10 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32, PRNGKeyArray
 
 from jgrpo.config import RolloutConfig
-from jgrpo.lora import fuse
 from jgrpo.models import KVCache, Transformer
 from jgrpo.rollout.sampling import Draw, draw
 from jgrpo.rollout.types import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
+from jgrpo.rollout.weights import decoding_adapter, unrolls
 
 MAX_CHUNK = 32
 """Decode steps between two tests whether every row is done."""
@@ -84,46 +83,6 @@ class DecodeState:
         return self.cache.length
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "eos_ids", "pad_id"))
-def generate(
-    model: Transformer,
-    base: Params,
-    lora: Params,
-    prompts: Prompts,
-    key: PRNGKeyArray,
-    config: RolloutConfig,
-    *,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    row_limits: Int32[Array, "Q G"] | None = None,
-) -> Rollout:
-    """Draw `config.num_generations` completions of every prompt, each of at most `config.max_completion_length` tokens.
-
-    Compiled once for each shape of `prompts`. The same key gives the same tokens; `lora = {}` samples from the base model.
-    `row_limits` gives rows lower limits of their own.
-    """
-    setup = Setup.create(model, config, eos_ids, pad_id)
-    size, count = chunking(config.max_completion_length)
-    state = prefill(setup, base, lora, prompts, size * count)
-    if row_limits is not None:
-        state = dataclasses.replace(state, remaining=jnp.minimum(state.remaining, row_limits))
-    uniforms = row_uniforms(key, state.remaining.shape, size * count)
-    adapter = fuse(lora, model.config, model.lora.scale, model.dtype)
-
-    def unfinished(carry: tuple[DecodeState, Recorded]) -> Bool[Array, ""]:
-        return jnp.any(carry[0].remaining > 0)
-
-    def advance(carry: tuple[DecodeState, Recorded]) -> tuple[DecodeState, Recorded]:
-        start = carry[0].drawn
-        chunk = lax.dynamic_slice_in_dim(uniforms, start, size)
-        state, recorded = decode_chunk(setup, base, adapter, carry[0], chunk)
-        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return state, jax.tree.map(write, carry[1], recorded)
-
-    _, buffers = lax.while_loop(unfinished, advance, (state, Recorded.empty(uniforms.shape, pad_id)))
-    return _rollout(prompts, jax.tree.map(lambda x: jnp.moveaxis(x[: config.max_completion_length], 0, -1), buffers))
-
-
 def stream(
     model: Transformer,
     base: Params,
@@ -142,8 +101,9 @@ def stream(
     size, count = chunking(limit, chunk)
     state = _jit_prefill(setup, base, lora, prompts, size * count)
     uniforms = row_uniforms(key, state.remaining.shape, size * count)
+    variables = {"params": base, "lora": _jit_adapter(model, lora, unrolls(config))}
     for start in range(0, size * count, size):
-        state, recorded = _jit_chunk(setup, base, lora, state, uniforms[start : start + size])
+        state, recorded = _jit_chunk(setup, variables, state, uniforms[start : start + size])
         yield jax.tree.map(lambda x, rest=limit - start: x[:rest], recorded)
         if not bool(jnp.any(state.remaining)):
             return
@@ -177,16 +137,41 @@ def prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, slots: i
     )
 
 
-def decode_chunk(
-    setup: Setup, base: Params, adapter: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
+def run_chunks(
+    setup: Setup,
+    variables: Params,
+    state: DecodeState,
+    uniforms: Float32[Array, "T Q G"],
+    buffers: Recorded,
+    enough: Callable[[Int32[Array, "Q G"]], Bool[Array, ""]],
 ) -> tuple[DecodeState, Recorded]:
-    """`size` more tokens of every row; `adapter` is `jgrpo.lora.fuse`'s, made once outside the loop."""
-    variables = {"params": base, "lora": adapter}
+    """Chunks of tokens into `buffers` (time first), until every row is done or, seeing what remains, it is `enough`."""
+    size, _ = chunking(setup.config.max_completion_length)
+
+    def unfinished(carry: tuple[DecodeState, Recorded]) -> Bool[Array, ""]:
+        remaining = carry[0].remaining
+        return jnp.any(remaining > 0) & ~enough(remaining)
+
+    def advance(carry: tuple[DecodeState, Recorded]) -> tuple[DecodeState, Recorded]:
+        start = carry[0].drawn
+        chunk = lax.dynamic_slice_in_dim(uniforms, start, size)
+        state, recorded = decode_chunk(setup, variables, carry[0], chunk)
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return state, jax.tree.map(write, carry[1], recorded)
+
+    return lax.while_loop(unfinished, advance, (state, buffers))
+
+
+def decode_chunk(
+    setup: Setup, variables: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
+) -> tuple[DecodeState, Recorded]:
+    """`size` more tokens of every row; `variables` are `decoding_variables`, made once outside the loop."""
+    decode = functools.partial(_apply, setup, "decode", variables, unroll=unrolls(setup.config))
 
     def step(state: DecodeState, uniform: Float32[Array, "Q G"]) -> tuple[DecodeState, Recorded]:
         logits = _apply(setup, "logits", variables, state.hidden)
         recorded = _record(setup, state, _draw(setup.config, logits, uniform))
-        hidden, cache = _apply(setup, "decode", variables, recorded.token, state.cache)
+        hidden, cache = decode(recorded.token, state.cache)
         remaining = jnp.where(recorded.stops, 0, jnp.maximum(state.remaining - 1, 0))
         return DecodeState(cache, hidden, remaining), recorded
 
@@ -194,18 +179,12 @@ def decode_chunk(
 
 
 _jit_prefill = jax.jit(prefill, static_argnames=("setup", "slots"))
+_jit_chunk = jax.jit(decode_chunk, static_argnames=("setup",), donate_argnames=("state",))
+_jit_adapter = jax.jit(decoding_adapter, static_argnames=("model", "unroll"))
 
 
-@functools.partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
-def _jit_chunk(
-    setup: Setup, base: Params, lora: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
-) -> tuple[DecodeState, Recorded]:
-    adapter = fuse(lora, setup.model.config, setup.model.lora.scale, setup.model.dtype)
-    return decode_chunk(setup, base, adapter, state, uniforms)
-
-
-def _apply(setup: Setup, method: str, variables: Params, *args: Any) -> Any:
-    return setup.model.apply(variables, *args, method=method)
+def _apply(setup: Setup, method: str, variables: Params, *args: Any, **settings: Any) -> Any:
+    return setup.model.apply(variables, *args, method=method, **settings)
 
 
 def _draw(config: RolloutConfig, logits: Float32[Array, "Q G V"], uniform: Float32[Array, "Q G"]) -> Draw:
@@ -231,8 +210,9 @@ def _record(setup: Setup, state: DecodeState, drawn: Draw) -> Recorded:
     )
 
 
-def _rollout(prompts: Prompts, recorded: Recorded) -> Rollout:
-    """The result, from buffers with time as the last axis."""
+def to_rollout(prompts: Prompts, buffers: Recorded, limit: int) -> Rollout:
+    """The result, from buffers `[T, Q, G]` with at least `limit` tokens."""
+    recorded = jax.tree.map(lambda x: jnp.moveaxis(x[:limit], 0, -1), buffers)
     stopped = jnp.any(recorded.stops, axis=-1)
     return Rollout(
         prompt_tokens=prompts.tokens,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jgrpo.config import RolloutConfig
-from jgrpo.rollout import Prompts, generate
+from jgrpo.rollout import Prompts, rollout_program
 from tests.rollout.conftest import MATRICES, Policy
 from tests.rollout.test_sampler import full_logits
 
@@ -22,7 +22,7 @@ _FLOATS = ("f16", "bf16", "f32", "f64")
 @pytest.fixture(scope="module")
 def compiled(int4_policy: Policy, prompts: Prompts) -> jax.stages.Compiled:
     key = jax.random.key(0)
-    return generate.lower(*int4_policy, prompts, key, CONFIG, eos_ids=(1,), pad_id=0).compile()
+    return rollout_program.lower(*int4_policy, prompts, key, CONFIG, eos_ids=(1,), pad_id=0).compile()
 
 
 def instructions(text: str, *, named: str = "") -> Iterator[tuple[str, str, int]]:

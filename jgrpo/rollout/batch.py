@@ -1,0 +1,129 @@
+"""`generate`: prompts to a `Rollout`, in one compiled program or, where rows may be dropped on the way, in one for each shape."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Int32, PRNGKeyArray
+
+from jgrpo.config import RolloutConfig
+from jgrpo.models import Transformer
+from jgrpo.rollout import compaction
+from jgrpo.rollout.compaction import Bucket, Stage
+from jgrpo.rollout.sampler import Params, Recorded, Setup, chunking, prefill, row_uniforms, run_chunks, to_rollout
+from jgrpo.rollout.types import Prompts, Rollout
+from jgrpo.rollout.weights import decoding_variables, merge, plan_weights, unrolls
+
+
+def generate(
+    model: Transformer,
+    base: Params,
+    lora: Params,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    config: RolloutConfig,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    row_limits: Int32[Array, "Q G"] | None = None,
+) -> Rollout:
+    """Draw `config.num_generations` completions of every prompt, each of at most `config.max_completion_length` tokens.
+
+    Compiled once for each shape of `prompts`, and once for each shape that long tails shrink to when one first does. The
+    same key gives the same tokens; `lora = {}` samples from the base model. `row_limits` gives rows lower limits of
+    their own. Not to be called inside `jit`: it looks at which rows have ended; `rollout_program` is.
+    """
+    shape = (prompts.tokens.shape[0], config.num_generations)
+    merged = merge(model, base, lora) if plan_weights(model, base, config, prompts.tokens.shape).merged else None
+    smaller = compaction.buckets(*shape) if config.compaction else ()
+    if not smaller:
+        how = dict(eos_ids=eos_ids, pad_id=pad_id, row_limits=row_limits, merged=merged)
+        return rollout_program(model, base, lora, prompts, key, config, **how)
+    setup = Setup.create(model, config, eos_ids, pad_id)
+    stage = _first_stage(setup, base, lora, merged, prompts, key, row_limits, smaller[0])
+    buffers = stage.buffers
+    while (live := np.asarray(stage.state.remaining) > 0).any():
+        found = compaction.smallest_fit(live, np.asarray(stage.rows), smaller, shape[1])
+        assert found is not None, "a stage ends when every row is done or the next bucket holds the live ones"
+        number, taken = found
+        smaller = smaller[number + 1 :]
+        stage = compaction.shrink(stage, taken, shape[0] * shape[1])
+        stage = _next_stage(setup, base, lora, merged, stage, smaller[0] if smaller else None, shape)
+        buffers = compaction.merge_buffers(buffers, stage.buffers, stage.rows)
+    return _finish(prompts, buffers, config.max_completion_length)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config", "eos_ids", "pad_id"))
+def rollout_program(
+    model: Transformer,
+    base: Params,
+    lora: Params,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    config: RolloutConfig,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    row_limits: Int32[Array, "Q G"] | None = None,
+    merged: Mapping[str, Any] | None = None,
+) -> Rollout:
+    """`generate` as one program, at one shape from the first token to the last; `merged` is `weights.merge`'s copy."""
+    setup = Setup.create(model, config, eos_ids, pad_id)
+    variables = decoding_variables(model, base, lora, merged, unrolls(config))
+    stage = _begin(setup, base, lora, prompts, key, row_limits)
+    _, buffers = run_chunks(setup, variables, stage.state, stage.uniforms, stage.buffers, lambda _: jnp.asarray(False))
+    return to_rollout(prompts, buffers, config.max_completion_length)
+
+
+def _begin(setup: Setup, base: Params, lora: Params, prompts: Prompts, key: PRNGKeyArray, row_limits: Any) -> Stage:
+    size, count = chunking(setup.config.max_completion_length)
+    state = prefill(setup, base, lora, prompts, size * count)
+    if row_limits is not None:
+        state = dataclasses.replace(state, remaining=jnp.minimum(state.remaining, row_limits))
+    shape = state.remaining.shape
+    uniforms = row_uniforms(key, shape, size * count)
+    rows = jnp.arange(shape[0] * shape[1], dtype=jnp.int32).reshape(shape)
+    return Stage(state, uniforms, Recorded.empty(uniforms.shape, setup.pad_id), rows)
+
+
+@functools.partial(jax.jit, static_argnames=("setup", "until"))
+def _first_stage(
+    setup: Setup,
+    base: Params,
+    lora: Params,
+    merged: Any,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    row_limits: Any,
+    until: Bucket,
+) -> Stage:
+    stage = _begin(setup, base, lora, prompts, key, row_limits)
+    return _run(setup, base, lora, merged, stage, until, stage.rows.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("setup", "until", "shape"), donate_argnames=("stage",))
+def _next_stage(
+    setup: Setup, base: Params, lora: Params, merged: Any, stage: Stage, until: Bucket | None, shape: tuple[int, int]
+) -> Stage:
+    return _run(setup, base, lora, merged, stage, until, shape)
+
+
+def _run(
+    setup: Setup, base: Params, lora: Params, merged: Any, stage: Stage, until: Bucket | None, shape: tuple[int, int]
+) -> Stage:
+    """Chunks until every row is done or the live ones fit `until`."""
+
+    def enough(remaining: Array) -> Array:
+        return jnp.asarray(False) if until is None else compaction.fits(remaining, stage.rows, until, shape)
+
+    variables = decoding_variables(setup.model, base, lora, merged, unrolls(setup.config))
+    state, buffers = run_chunks(setup, variables, stage.state, stage.uniforms, stage.buffers, enough)
+    return dataclasses.replace(stage, state=state, buffers=buffers)
+
+
+_finish = jax.jit(to_rollout, static_argnames=("limit",))
