@@ -24,6 +24,7 @@ from jgrpo.generate import SeedSettings
 from jgrpo.rewards import resolve_rewards
 from jgrpo.training.evaluation import Interval, Scores, evaluate_policy, held_out_sampling, interval
 from jgrpo.training.policy import load_policy
+from jgrpo.training.task import prompt_width
 from jgrpo.validation import check_ranges
 
 
@@ -106,7 +107,7 @@ def evaluate(settings: EvaluateConfig) -> list[Result]:
                 jax.random.key(settings.training.seed),
                 sampling=sampling,
                 reward_config=settings.reward,
-                max_prompt_length=settings.data.max_prompt_length,
+                prompt_width=prompt_width(examples),
                 batch_size=max(1, settings.batch_size // sampling.num_generations),
             )
             results.append(Result(name, way, scores))

@@ -119,13 +119,14 @@ def evaluate_policy(
     *,
     sampling: RolloutConfig,
     reward_config: RewardConfig,
-    max_prompt_length: int,
+    prompt_width: int,
     batch_size: int,
 ) -> Scores:
     """Sample `sampling.num_generations` completions of every example and score them.
 
     Args:
         lora: adapter; `{}` evaluates the base model.
+        prompt_width: tokens that prompts are padded to.
         key: batch b draws from `fold_in(key, b)`.
         batch_size: prompts in one rollout; the batches are evened out, so that one shape is compiled.
     """
@@ -136,7 +137,7 @@ def evaluate_policy(
         chosen = examples[number * size : (number + 1) * size]
         # The last batch is filled up to the one compiled shape; what fills it is left out of the scores.
         filled = [*chosen, *[chosen[-1]] * (size - len(chosen))]
-        rollout = policy.sample(lora, filled, jax.random.fold_in(key, number), sampling, max_prompt_length)
+        rollout = policy.sample(lora, filled, jax.random.fold_in(key, number), sampling, prompt_width)
         rollout = jax.tree.map(partial(_first_rows, len(chosen)), rollout)
         parts.append(judge(policy, rollout, chosen, rewards, reward_config))
     return Scores(
@@ -174,11 +175,11 @@ def held_out_sampling(sampling: RolloutConfig, temperature: float, num_generatio
     return dataclasses.replace(sampling, temperature=temperature, num_generations=num_generations)
 
 
-def evaluation_batch(prompts: int, sampling: RolloutConfig, max_prompt_length: int, num_generations: int = 1) -> int:
+def evaluation_batch(prompts: int, sampling: RolloutConfig, prompt_width: int, num_generations: int = 1) -> int:
     """Prompts in one evaluation rollout whose KV cache is no larger than that of a training rollout of `prompts`.
 
     A training rollout caches Q · (P + G · C) positions; an evaluation with G' samples a prompt Q' · (P + G' · C).
     """
     completion = sampling.max_completion_length
-    positions = prompts * (max_prompt_length + sampling.num_generations * completion)
-    return max(1, positions // (max_prompt_length + num_generations * completion))
+    positions = prompts * (prompt_width + sampling.num_generations * completion)
+    return max(1, positions // (prompt_width + num_generations * completion))

@@ -174,9 +174,7 @@ class Run:
 
     def _rollout(self, examples: Sequence[Example], step: int) -> Rollout:
         key = jax.random.fold_in(self.state.key, step)
-        return self.policy.sample(
-            self.state.lora, examples, key, self.config.rollout, self.config.data.max_prompt_length
-        )
+        return self.policy.sample(self.state.lora, examples, key, self.config.rollout, self.task.prompt_width)
 
     def _judge(
         self, rollout: Rollout, examples: Sequence[Example], step: int
@@ -231,9 +229,9 @@ class Run:
             self.evaluation_key,
             sampling=evaluation.held_out_sampling(config.rollout, config.evaluation.eval_temperature),
             reward_config=config.reward,
-            max_prompt_length=config.data.max_prompt_length,
+            prompt_width=self.task.prompt_width,
             batch_size=evaluation.evaluation_batch(
-                config.training.prompts_per_step, config.rollout, config.data.max_prompt_length
+                config.training.prompts_per_step, config.rollout, self.task.prompt_width
             ),
         )
         metrics = evaluation.evaluation_metrics(scores, self.task.reward_names)

@@ -45,10 +45,10 @@ class Policy:
         examples: Sequence[Example],
         key: PRNGKeyArray,
         config: RolloutConfig,
-        max_prompt_length: int,
+        prompt_width: int,
     ) -> Rollout:
         """Completions of every example; compiled once for each number of examples."""
-        tokens, lengths = pad_prompts(examples, max_prompt_length, self.tokenizer.pad_token_id)
+        tokens, lengths = pad_prompts(examples, prompt_width, self.tokenizer.pad_token_id)
         prompts = Prompts(tokens=tokens, lengths=lengths)  # type: ignore[arg-type]
         return generate(
             self.model,

@@ -1,6 +1,6 @@
 """What a run trains on: prompts, held-out prompts and the functions that judge completions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from jgrpo.data import Example, PromptDataset, check_context, find_task, has_hel
 from jgrpo.errors import UserError
 from jgrpo.rewards import NamedReward, named_rewards, resolve_rewards
 
+PROMPT_MULTIPLE = 16
 RewardFunctions = Sequence[Callable[..., Any]]
 
 
@@ -26,6 +27,11 @@ class Task:
         """In the order of the rewards."""
         return tuple(reward.name for reward in self.rewards)
 
+    @property
+    def prompt_width(self) -> int:
+        """Prompt tokens P that a batch is padded to: what the longest prompt of the run needs, known beforehand."""
+        return prompt_width([*self.prompts.examples, *(self.held_out or ())])
+
     def describe(self) -> list[str]:
         """What the user is told before the run."""
         left_out = [
@@ -35,7 +41,19 @@ class Task:
         ]
         prompts = f"{len(self.prompts)} prompts" + (f" ({', '.join(left_out)})" if left_out else "")
         held_out = f"{len(self.held_out)} held out" if self.held_out else "no evaluation"
-        return [f"data: {prompts}, {held_out}", f"rewards: {', '.join(self.reward_names)}"]
+        return [
+            f"data: {prompts}, padded to {self.prompt_width} tokens; {held_out}",
+            f"rewards: {', '.join(self.reward_names)}",
+        ]
+
+
+def prompt_width(examples: Iterable[Example]) -> int:
+    """The longest prompt, rounded up to a multiple of 16 for the kernels' sake.
+
+    `max_prompt_length` is a bound; padding to it would compute positions that no prompt of the run has.
+    """
+    longest = max(len(example.token_ids) for example in examples)
+    return -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
 
 
 def load_task(config: TrainConfig, tokenizer: Any, context: int, reward_functions: RewardFunctions = ()) -> Task:
