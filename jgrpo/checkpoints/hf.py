@@ -1,15 +1,17 @@
 """Load a Hugging Face checkpoint into the base pytree, quantizing while it streams in.
 
-Leaf by leaf: a stacked host array is allocated, every tensor of the leaf is read a block of rows at a time, quantized
-group-wise and written at its layer and row offset (q, k and v share a matrix, so do gate and up), and the leaf is
-moved to the device. Besides that leaf the host holds one block for each reading thread; on a CPU the device takes
-the host array over without a copy. Names and shapes of all tensors are checked before any data is read.
+Leaf by leaf: a stacked host array is allocated, every tensor of the leaf is read a block at a time, quantized group-wise
+and written at its layer and row offset (q, k and v share a matrix, so do gate and up), and the leaf is moved to the
+device. Besides that leaf the host holds one block for each reading thread; on a CPU the device takes the host array over
+without a copy. Names and shapes of all tensors are checked before any weights are read.
+
+A checkpoint that is already quantized keeps the form of each of its modules (`quantization: none` dequantizes them).
+Where modules that share a matrix of one layer differ in form, that layer is kept dense, with the values of the format.
 """
 
 import difflib
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,34 +19,33 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from jgrpo.checkpoints.formats import BLOCK_BYTES, Tensor, read_scheme, readers
 from jgrpo.checkpoints.names import MATRICES, Leaf, Placement, leaf_shapes, modules_of, placements
 from jgrpo.checkpoints.safetensors_io import TensorInfo, read_rows, row_blocks
-from jgrpo.checkpoints.source import load_model_config, resolve_checkpoint, tensor_index
+from jgrpo.checkpoints.source import load_model_config, read_config, resolve_checkpoint, tensor_index
+from jgrpo.checkpoints.storage import DENSE, Storage, allocate_leaf, common_storage, write
 from jgrpo.checkpoints.tokenizer import eos_ids, load_tokenizer
 from jgrpo.config import LINEAR_MODULES, QuantizationConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import module_shapes, own_modules
 from jgrpo.models import ModelConfig
-from jgrpo.quantization import Int4Weight, quantize
 
 __all__ = ["eos_ids", "load_base", "load_model_config", "load_tokenizer", "resolve_checkpoint"]
 
 Params: TypeAlias = dict[str, Any]
+LayerForms: TypeAlias = Mapping[tuple[Leaf, int], Storage]
 
-SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
+SCALE_DTYPE = "bfloat16"
 """Of the int4 scales, whatever the compute dtype: an adapter trained on a GPU in bfloat16 finds the same quantized
 base when it is exported or used on a CPU in float32. The nibbles are chosen for the rounded scale."""
 
-_READABLE = ("F32", "F16", "BF16", "F64")
 # Buffers that old checkpoints store although they follow from the config.
 _IGNORED = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Reading and NumPy release the interpreter lock; each thread holds one block.
 _THREADS = min(8, os.cpu_count() or 1)
-_BLOCK_BYTES = 2**19
 
 
 def load_base(
@@ -54,27 +55,60 @@ def load_base(
     dtype: Any = jnp.float32,
     *,
     put: Callable[[np.ndarray], jax.Array] = jax.device_put,
+    forms: LayerForms | None = None,
 ) -> Params:
     """The frozen base pytree (`jgrpo.models.base_shapes`) of a local directory, a hub id or "demo".
 
     Matrices become `Int4Weight` unless `quantization` says "none" or skips them; everything else has `dtype`.
-    `put` moves one finished host array to the device. Raises UserError naming the file or tensor that is missing,
-    damaged, of the wrong shape, or not divisible by the group size.
+    `put` moves one finished host array to the device; `forms` overrides the form of single layers of an unquantized
+    checkpoint. Raises UserError naming the file or tensor that is missing, damaged, of the wrong shape, or not divisible
+    by the group size.
     """
     directory = resolve_checkpoint(path)
     index = tensor_index(directory)
     plan = placements(model_config)
-    check_tensors(index, plan, model_config, directory)
-    group_sizes = {leaf: leaf_group_size(leaf, model_config, quantization) for leaf in plan}
+    scheme = read_scheme(read_config(directory), str(directory / "config.json"))
+    tensors = readers(index, plan, scheme)
+    check_unknown(index, {name for tensor in tensors.values() for name in tensor.names}, model_config, directory)
+    storages = {leaf: _storages(leaf, placed, tensors, model_config, quantization) for leaf, placed in plan.items()}
+    for (leaf, layer), storage in (forms or {}).items():
+        storages[leaf][layer] = storage
     base: Params = {"layers": {}}
     for leaf, shape in leaf_shapes(model_config).items():
         parent = base["layers"] if leaf[0] == "layers" else base
-        host = _allocate(shape, group_sizes[leaf], jnp.dtype(dtype))
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for done in [pool.submit(_store, host, *block) for block in _blocks(index, plan[leaf])]:
-                done.result()
+        host = allocate_leaf(storages[leaf], shape, jnp.dtype(dtype))
+        _fill(host, plan[leaf], tensors)
         parent[leaf[-1]] = jax.tree.map(put, host)
     return base
+
+
+def _storages(
+    leaf: Leaf,
+    placed: list[Placement],
+    tensors: Mapping[str, Tensor],
+    model_config: ModelConfig,
+    quantization: QuantizationConfig,
+) -> list[Storage]:
+    """The form of every layer of a leaf, or of the one matrix that it is."""
+    layers = max((placement.layer or 0) for placement in placed) + 1
+    group_size = leaf_group_size(leaf, model_config, quantization)
+    in_file = [common_storage([tensors[p.name].storage for p in placed if (p.layer or 0) == i]) for i in range(layers)]
+    if any(type(tensor) is not Tensor for tensor in tensors.values()):
+        keep = quantization.quantization != "none" and leaf[0] == "layers"
+        return in_file if keep else [DENSE] * layers
+    return [DENSE if group_size is None else Storage("int4", group_size, scale_dtype=SCALE_DTYPE)] * layers
+
+
+def _fill(host: Any, placed: list[Placement], tensors: Mapping[str, Tensor]) -> None:
+    def store(placement: Placement, rows: slice, columns: tuple[int, int]) -> None:
+        values = tensors[placement.name].read(rows, columns)
+        target = slice(placement.start + rows.start, placement.start + rows.stop)
+        write(host, placement.layer, target, columns, values)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        blocks = ((placement, *window) for placement in placed for window in tensors[placement.name].blocks())
+        for done in [pool.submit(store, *block) for block in blocks]:
+            done.result()
 
 
 def leaf_group_size(leaf: Leaf, model_config: ModelConfig, quantization: QuantizationConfig) -> int | None:
@@ -110,25 +144,9 @@ def skipped_modules(quantization: QuantizationConfig, model_config: ModelConfig)
     return {*own_modules(linear, model_config), *(set(quantization.skip_modules) & {"lm_head", "embed_tokens"})}
 
 
-def check_tensors(
-    index: dict[str, TensorInfo], plan: dict[Leaf, list[Placement]], model_config: ModelConfig, path: Path
-) -> None:
-    """UserError unless the checkpoint holds exactly the tensors of the model, each of its shape."""
-    expected = {placement.name: placement for placed in plan.values() for placement in placed}
-    for name, placement in expected.items():
-        if name not in index:
-            raise UserError(
-                f"{path}: tensor {name} is missing, expected shape {list(placement.shape)} from config.json"
-            )
-        info = index[name]
-        if info.shape != placement.shape:
-            raise UserError(
-                f"{info.file}: tensor {name} has shape {list(info.shape)}, "
-                f"expected {list(placement.shape)} from config.json"
-            )
-        if info.dtype not in _READABLE:
-            raise UserError(f"{info.file}: tensor {name} is {info.dtype}, expected one of {', '.join(_READABLE)}")
-    unknown = [n for n in index if n not in expected and not any(fnmatch(n, pattern) for pattern in _IGNORED)]
+def check_unknown(index: dict[str, TensorInfo], known: set[str], model_config: ModelConfig, path: Path) -> None:
+    """UserError if the checkpoint holds tensors that the model has no place for."""
+    unknown = [n for n in index if n not in known and not any(fnmatch(n, pattern) for pattern in _IGNORED)]
     if model_config.tie_embeddings and _HEAD in unknown:
         _check_tied(index, path)
         unknown.remove(_HEAD)
@@ -143,47 +161,9 @@ def _check_tied(index: dict[str, TensorInfo], path: Path) -> None:
     """A tied model may store its head once more, but not another one (transformers unties such a model)."""
     embed, head = index[_EMBED], index[_HEAD]
     same = (embed.shape, embed.dtype) == (head.shape, head.dtype)
-    blocks = row_blocks(embed.shape[0], embed.row_bytes, _BLOCK_BYTES)
+    blocks = row_blocks(embed.shape[0], embed.row_bytes, BLOCK_BYTES)
     if not same or any((read_rows(embed, *rows) != read_rows(head, *rows)).any() for rows in blocks):
         raise UserError(
             f"{path}: config.json ties head and embedding, but {_HEAD} differs from {_EMBED}; set "
             "tie_word_embeddings to false in config.json"
         )
-
-
-def _allocate(shape: tuple[int, ...], group_size: int | None, dtype: np.dtype) -> np.ndarray | Int4Weight:
-    if group_size is None:
-        return _empty(shape, dtype)
-    # Host arrays in a pytree whose fields are annotated for the device.
-    packed: Any = _empty((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8))
-    scales: Any = _empty((*shape[:-1], shape[-1] // group_size), SCALE_DTYPE)
-    return Int4Weight(packed, scales)
-
-
-def _store(host: Any, window: Any, info: TensorInfo, start: int, stop: int) -> None:
-    """Read rows [start, stop) of a tensor into `host[window]`, quantizing them if `host` is an `Int4Weight`."""
-    rows = read_rows(info, start, stop)
-    if isinstance(host, Int4Weight):
-        part = quantize(rows, host.group_size, SCALE_DTYPE)
-        host.packed[window], host.scales[window] = part.packed, part.scales
-    else:
-        host[window] = rows
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array on a 64-byte boundary, which is what lets the CPU backend take it over without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _blocks(
-    index: dict[str, TensorInfo], placed: list[Placement]
-) -> Iterator[tuple[slice | tuple[int, slice], TensorInfo, int, int]]:
-    """(place in the stacked leaf, tensor, first row, last row + 1) of every block of a leaf."""
-    for placement in placed:
-        info = index[placement.name]
-        for start, stop in row_blocks(info.shape[0], info.row_bytes, _BLOCK_BYTES):
-            rows = slice(placement.start + start, placement.start + stop)
-            yield rows if placement.layer is None else (placement.layer, rows), info, start, stop

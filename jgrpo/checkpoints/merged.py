@@ -26,7 +26,7 @@ from jgrpo.config import LoraConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import Params
 from jgrpo.models import ModelConfig
-from jgrpo.quantization import Int4Weight, dequantize
+from jgrpo.quantization import PackedWeight, dequantize, take_layer
 
 Rows: TypeAlias = Callable[[Placement, int, int], np.ndarray]
 """(tensor, start, stop) -> those rows of its base weight."""
@@ -104,22 +104,18 @@ def _base_rows(base: Params) -> Rows:
     # One layer of one leaf is on the host at a time. The copy is made on the device, because JAX keeps the host
     # copy of an array alive with the array.
     @jax.jit
-    def layer_of(leaf: Any, layer: Any) -> Any:
-        return jax.tree.map(lambda x: x[layer], leaf)
-
-    @jax.jit
     def copy_of(leaf: Any) -> Any:
         return jax.tree.map(jnp.copy, leaf)
 
     @functools.lru_cache(maxsize=1)
     def fetch(leaf: tuple[str, ...], layer: int | None) -> Any:
         stored = functools.reduce(lambda tree, key: tree[key], leaf, base)
-        return jax.tree.map(np.asarray, copy_of(stored) if layer is None else layer_of(stored, layer))
+        return jax.tree.map(np.asarray, copy_of(stored) if layer is None else take_layer(stored, layer))
 
     def rows(placement: Placement, start: int, stop: int) -> np.ndarray:
         window = slice(placement.start + start, placement.start + stop)
         part = jax.tree.map(lambda x: x[window], fetch(placement.leaf, placement.layer))
-        return dequantize(part, np.float32) if isinstance(part, Int4Weight) else part
+        return dequantize(part, np.float32) if isinstance(part, PackedWeight) else part
 
     return rows
 
@@ -168,7 +164,7 @@ def _split(ordered: list[Placement], dtype: np.dtype, max_shard_bytes: int) -> I
 
 
 def _copy_files(source: Path, directory: Path, dtype: np.dtype) -> None:
-    config = read_config(source)
+    config = {key: value for key, value in read_config(source).items() if key != "quantization_config"}
     # transformers 5 writes `dtype`; where the original has transformers 4's name, its readers look for that.
     config |= {"dtype": dtype.name} | ({"torch_dtype": dtype.name} if "torch_dtype" in config else {})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

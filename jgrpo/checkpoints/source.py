@@ -73,19 +73,12 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The dictionary of `config.json`; UserError if it is missing, broken, or of an already quantized model."""
+    """The dictionary of `config.json`; UserError if it is missing or broken."""
     file = path / "config.json"
     if not file.is_file():
         hint = "; this is a PEFT adapter, give its base model" if (path / "adapter_config.json").is_file() else ""
         raise UserError(f"{path}: no config.json, so not a Hugging Face checkpoint{hint}")
-    config = read_json(file)
-    if quantization := config.get("quantization_config"):
-        scheme = quantization.get("quant_method", "unknown")
-        raise UserError(
-            f"{path}: already quantized ({scheme}), which jgrpo cannot read; give the 16-bit checkpoint it was made "
-            "from (jgrpo quantizes while loading)"
-        )
-    return config
+    return read_json(file)
 
 
 def read_json(file: Path) -> dict[str, Any]:

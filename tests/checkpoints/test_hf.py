@@ -150,9 +150,20 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"qwen3_moe.*llama, mistral, phi3, qwen2, qwen3.*nearest: qwen3"):
             load(checkpoint)
 
-    def test_already_quantized(self, checkpoint):
-        edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
-        with pytest.raises(UserError, match=r"already quantized \(gptq\)"):
+    @pytest.mark.parametrize(
+        ("scheme", "words"),
+        [
+            ({"quant_method": "fp8"}, "the scheme 'fp8'"),
+            ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "gptq of 8 bits"),
+            ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin'"),
+            ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "layout 'gemv'"),
+            ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4"),
+            ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes int8"),
+        ],
+    )
+    def test_a_quantization_scheme_that_is_not_read(self, checkpoint, scheme, words):
+        edit_config(checkpoint, quantization_config=scheme)
+        with pytest.raises(UserError, match=rf"{words}, which jgrpo does not read \(it reads .*\); give the 16-bit"):
             load(checkpoint)
 
     def test_missing_tensor(self, checkpoint):
