@@ -119,6 +119,9 @@ def int4_matmul_kernel(
     safe_n = tl.minimum(rows_n, N - 1)
 
     x_ptrs = x_ptr + safe_m[:, None] * K + tl.arange(0, STEP_K)[None, :]
+    # Two bfloat16 scales as one word: asynchronous copies move four bytes at least.
+    PAIRED_SCALES: tl.constexpr = STEPS == 2 and scales_ptr.dtype.element_ty == tl.bfloat16
+    pair_ptrs = scales_ptr.to(tl.pointer_type(tl.uint32)) + safe_n * (K // GROUP // 2)
     scale_ptrs = scales_ptr + safe_n[:, None] * (K // GROUP) + tl.arange(0, GROUPS)[None, :]
     if WGMMA:  # [BLOCK_N / 8, STEP_BYTES / 16, 8, 16]
         eights = tl.arange(0, BLOCK_N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
@@ -132,18 +135,22 @@ def int4_matmul_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
-        scales = tl.load(scale_ptrs + block * GROUPS).to(DTYPE)
-        if STEPS == 2:
-            first_scales, second_scales = tl.split(scales)
+        if PAIRED_SCALES:
+            pair = tl.load(pair_ptrs + block)
+            first_scales = (pair << 16).to(tl.float32, bitcast=True).to(DTYPE)
+            second_scales = (pair & 0xFFFF0000).to(tl.float32, bitcast=True).to(DTYPE)
+        elif STEPS == 2:
+            first_scales, second_scales = tl.split(tl.load(scale_ptrs + block * GROUPS).to(DTYPE))
+        else:
+            scales = tl.load(scale_ptrs + block * GROUPS).to(DTYPE)
         for step in tl.static_range(STEPS):
             x = tl.load(x_ptrs + block * BLOCK_K + step * STEP_K)
             packed = tl.load(packed_ptrs + block * BYTES + step * STEP_BYTES)
-            if STEPS == 2:
-                scales = first_scales[:, None] if step == 0 else second_scales[:, None]
+            step_scales = (first_scales[:, None] if step == 0 else second_scales[:, None]) if STEPS == 2 else scales
             if WGMMA:
                 blocks = tl.reshape(packed, (BLOCK_N // 8, STEP_BYTES // 16, 8, 4, 2, 2))
                 packed = tl.reshape(tl.permute(blocks, (0, 2, 1, 4, 3, 5)), (BLOCK_N, STEP_BYTES))
-            weights = _dequantized(packed, scales, BLOCK_N, GROUPS // STEPS, HALF, PTX, DTYPE)
+            weights = _dequantized(packed, step_scales, BLOCK_N, GROUPS // STEPS, HALF, PTX, DTYPE)
             acc = tl.dot(weights, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(weights), acc)
         if WGMMA and PTX:
             # A use outside of products makes Triton wait for them here. Left to itself it lets them run on into the next

@@ -49,25 +49,30 @@ def seconds(program, *arguments, repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def repeated(step, layers: int, calls: int, chain: bool):
-    """A program of `calls` calls step(x, layer). Kernels run one after the other anyway; `chain` ties x to the last
-    result, so that XLA cannot merge products that share x."""
+def decoding_loop(step, layers: int, calls: int, iterations: int):
+    """A program shaped like a decoding loop: `iterations` times the same `calls` calls step(x, layer), in order.
+
+    The barrier ties x to the last result, so that XLA neither merges nor drops nor reorders calls.
+    """
 
     def program(x, *operands):
-        outs = []
-        for call in range(calls):
-            out = step(x, call % layers, *operands)
-            x, out = lax.optimization_barrier((x, out)) if chain else (x, out)
-            outs.append(out)
-        return outs
+        def body(_, x):
+            total = 0.0
+            for call in range(calls):
+                x, out = lax.optimization_barrier((x, step(x, call % layers, *operands)))
+                total += out[(0,) * out.ndim].astype(jnp.float32)
+            return x + (0 * total).astype(x.dtype)
+
+        return lax.fori_loop(0, iterations, body, x)
 
     return jax.jit(program)
 
 
-def microseconds(step, x, layers: int, *operands, calls: int = 48, chain: bool = False) -> float:
+def microseconds(step, x, layers: int, *operands, calls: int = 28, iterations: int = 20) -> float:
     """Time of one call, less its share of an empty program's time."""
     empty = seconds(jax.jit(lambda x: x[:1]), x)
-    return (seconds(repeated(step, layers, calls, chain), x, *operands) - empty) / calls * 1e6
+    program = decoding_loop(step, layers, calls, iterations)
+    return (seconds(program, x, *operands) - empty) / (calls * iterations) * 1e6
 
 
 def measure_rates() -> tuple[float, float]:
@@ -76,7 +81,7 @@ def measure_rates() -> tuple[float, float]:
     copy = seconds(jax.jit(lambda a: a * 1.5), big) - seconds(jax.jit(lambda a: a[:1]), big)
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (8192, 8192), jnp.bfloat16) for key in keys)
-    product = microseconds(lambda a, _, b: a @ b, a, 1, b, calls=8, chain=True) / 1e6
+    product = microseconds(lambda a, _, b: a @ b, a, 1, b, calls=2, iterations=5) / 1e6
     return 2 * big.nbytes / copy, 2 * 8192**3 / product
 
 
@@ -154,11 +159,11 @@ def bench_int4(shapes, rows, rates, report, compare: bool) -> None:
         times = {"triton": microseconds(partial(int4_step, implementation="triton"), x, layers, *operands)}
         if compare or rule == dispatch.REFERENCE:
             step = partial(int4_step, implementation="reference")
-            times["reference"] = microseconds(step, x, layers, *operands, calls=16, chain=True)
+            times["reference"] = microseconds(step, x, layers, *operands, calls=8)
         if compare:
             keys = jax.random.split(jax.random.key(0), min(layers, 8))
             dense = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
-            times["bf16"] = microseconds(lambda x, i, *w: x @ w[i].T, x, len(dense), *dense, calls=16, chain=True)
+            times["bf16"] = microseconds(lambda x, i, *w: x @ w[i].T, x, len(dense), *dense, calls=8)
         times["chosen"] = times[rule]
         report(
             op="int4_matmul", shape=f"{model} {k}x{n}", rows=m, bound=bound, bytes=moved, flops=2 * m * n * k, **times
@@ -191,7 +196,7 @@ def bench_attention(shapes, rates, report, compare: bool) -> None:
         times = {"chosen": microseconds(attention_step, query, layers, *operands)}
         if compare:
             step = partial(attention_step, implementation="reference")
-            times["reference"] = microseconds(step, query, layers, *operands, calls=16, chain=True)
+            times["reference"] = microseconds(step, query, layers, *operands, calls=8)
         report(
             op="decode_attention",
             shape=f"{model} prompt 256, suffix {length} of 768",

@@ -44,7 +44,7 @@ def int4_matmul(x, packed, scales, layer, xa, b, config: Int4Config, pointer: bo
     """The kernel as `int4_matmul_triton.int4_matmul` launches it; `x` gives the compute dtype. float32 result."""
     (m, k), n, group = x.shape, packed.shape[-2], 2 * packed.shape[-1] // scales.shape[-1]
     x = x.reshape(m, k // 16, 4, 2, 2).transpose(2, 3).reshape(m, k).contiguous() if config.product == WGMMA else x
-    packed, scales = torch.tensor(packed).to(DEVICE), torch.tensor(scales).to(DEVICE)
+    packed, scales = (torch.as_tensor(array).to(DEVICE) for array in (packed, scales))
     rank = 0 if xa is None else xa.shape[1]
     out = poisoned(config.split_k, m, n)
     int4_matmul_triton.int4_matmul_kernel[int4_matmul_triton.grid(m, n, config)](

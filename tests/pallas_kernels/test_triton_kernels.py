@@ -64,6 +64,18 @@ def test_int4_matmul_adds_the_adapter_of_the_layer(pointer, stacked, split_k, pr
         assert relative_error(out, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_matmul_with_bfloat16_scales(group):
+    rng, dtype = np.random.default_rng(9), DTYPES[0]
+    packed, scales, weight = random_int4(rng, 70, 256, group)
+    exact = np.round(scales * 256) / 256  # few enough bits for bfloat16
+    weight *= np.repeat(exact / scales.astype(np.float64), group, axis=-1)
+    x = rounded(rng.normal(size=(40, 256)), dtype)
+    blocks = int4_blocks(product=WGMMA, block_m=64, block_k=128)
+    out = launch.int4_matmul(x, packed, rounded(exact, "bfloat16"), 0, None, None, blocks)
+    assert relative_error(out, float64(x) @ weight.T) < TOLERANCE[dtype]
+
+
 def attention_case(rng, dtype, length, questions=2, generations=3, heads=4, kv_heads=2, depth=16, prompt=40, suffix=50):
     """Random arguments of decode_attention over two layers; slots out of use hold NaN."""
     q = rng.normal(size=(questions, generations, heads, depth))
