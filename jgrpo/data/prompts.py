@@ -77,7 +77,7 @@ def has_held_out(config: DataConfig) -> bool:
     if config.eval_dataset is not None:
         return True
     task, source = find_task(config.dataset)
-    return task is not None and source is None
+    return task is not None and (source is None or task.always_held_out)
 
 
 def check_context(max_prompt_length: int, max_completion_length: int, context: int) -> None:

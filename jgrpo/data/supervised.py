@@ -87,7 +87,7 @@ def load_pairs(
 def has_held_out_pairs(config: SftDataConfig) -> bool:
     """Whether `load_pairs(…, "test")` has something to load."""
     task, source = find_task(config.dataset)
-    return config.eval_dataset is not None or (task is not None and source is None)
+    return config.eval_dataset is not None or (task is not None and (source is None or task.always_held_out))
 
 
 def rows_of_pairs(pairs: Sequence[Pair], groups: Sequence[Sequence[int]], width: int, pad_id: int) -> PackedRows:

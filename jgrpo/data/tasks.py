@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jgrpo.data import countdown
+from jgrpo.data import countdown, gym
 from jgrpo.data.source import Split, read_rows
 from jgrpo.errors import UserError
 
@@ -25,6 +25,8 @@ class Task:
     """Registry names of the rewards that apply when the config names none."""
     generated: bool
     """Whether jgrpo makes the rows itself, so that no source can be given."""
+    always_held_out: bool = False
+    """Whether there is a held-out split also where a source is given: the source is a name, not a file."""
 
 
 def _countdown(split: Split, seed: int, source: str | None) -> list[Row]:
@@ -55,6 +57,7 @@ def gsm8k_row(row: Row, number: int = 0) -> Row:
 TASKS: Mapping[str, Task] = {
     "countdown": Task(_countdown, ("countdown",), generated=True),
     "gsm8k": Task(_gsm8k, ("gsm8k",), generated=False),
+    gym.NAME: Task(gym.rows, (gym.NAME,), generated=False, always_held_out=True),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jgrpo.config import RewardConfig
 from jgrpo.errors import UserError
-from jgrpo.rewards import answers, code, formats, lengths, mathematics
+from jgrpo.rewards import answers, code, formats, gym, lengths, mathematics
 
 RewardFn = Callable[..., Any]
 """TRL's convention: f(prompts, completions, completion_ids=…, **columns) -> list[float | None], sync or async."""
@@ -21,6 +21,7 @@ REWARDS: Mapping[str, RewardFn] = {
     "math_verify": mathematics.math_verify,
     "code_tests": code.code_tests,
     "code_io": code.code_io,
+    "reasoning_gym": gym.reasoning_gym,
     "xml_format_strict": formats.xml_format_strict,
     "xml_format_soft": formats.xml_format_soft,
     "xml_count": formats.xml_count,
