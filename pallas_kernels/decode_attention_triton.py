@@ -254,7 +254,8 @@ def decode_attention(
 
     questions, generations, heads, head_dim = q.shape
     kv_heads = k.shape[3]
-    config = config or tuning.attention_config(questions * generations * kv_heads, questions * kv_heads, head_dim)
+    sizes = (questions * generations * kv_heads, questions * kv_heads, head_dim, heads // kv_heads)
+    config = config or tuning.attention_config(*sizes)
     constants = kernel_constants(q, prompt_k, k, scale, window, config)
     rows, splits = questions * generations * heads, config.prompt_splits + config.suffix_splits
     stats, values = triton_call(

@@ -98,12 +98,12 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def attention_config(rows: int, prompts: int, head_dim: int) -> AttentionConfig:
-    """The blocks for `rows` = Q * G * K independent suffixes and `prompts` = Q * K shared prompts."""
+def attention_config(rows: int, prompts: int, head_dim: int, share: int) -> AttentionConfig:
+    """The blocks for `rows` = Q * G * K suffixes and `prompts` = Q * K shared prompts, `share` = H / K heads each."""
     entries = tuned(dispatch.current_device().name).get("decode_attention", [])
     candidates = [e for e in entries if e["head_dim"] == head_dim]
     if candidates:
-        nearest = min(candidates, key=lambda e: _distance(e, {"rows": rows, "prompts": prompts}))
+        nearest = min(candidates, key=lambda e: _distance(e, {"rows": rows, "prompts": prompts, "share": share}))
         return AttentionConfig(**nearest["config"])
     return attention_heuristic(rows, prompts, head_dim)
 
