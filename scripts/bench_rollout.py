@@ -1,43 +1,61 @@
 """Rollout speed of models of real shape with random weights, next to what the memory and the arithmetic allow.
 
-    PYTHONPATH=. python scripts/bench_rollout.py --preset qwen2.5-1.5b llama-3.1-8b --prompts 8 32 64
-    PYTHONPATH=. python scripts/bench_rollout.py --prompts 32 --new-tokens 1024 --lengths lognormal
+    PYTHONPATH=. python scripts/bench_rollout.py --preset qwen2.5-1.5b llama-3.1-8b --prompts 8 32 64 --weights int4 bf16
+    PYTHONPATH=. python scripts/bench_rollout.py --prompts 64 --new-tokens 1024 --lengths lognormal --compaction on off
+    PYTHONPATH=. python scripts/bench_rollout.py --layers loop unrolled --profile
     PYTHONPATH=. python scripts/bench_rollout.py --preset tiny --dtype float32 --kv float32 --new-tokens 32
 
-One JSON line for every preset and number of prompts, then a table. A run is `jgrpo.rollout.generate` from prompts to
-tokens with their log-probabilities; the time includes the prefill. `lengths fixed`: every completion has
+One JSON line for every combination of preset, prompts, weights, layers, compaction and lengths, then a table. A run is
+`jgrpo.rollout.generate` from prompts to tokens with their log-probabilities; the time includes the prefill and, for the
+bf16 weights, making the merged copy of the int4 base. `lengths fixed`: every completion has
 `--new-tokens` tokens. `lognormal`: each row is given its own end, log-normal with median 200 and sigma 0.8, capped at
 `--new-tokens`, which is the long tail of real batches; only tokens inside completions are counted.
 
 The bound is, for every step of the decode, bytes moved / `--bandwidth` + operations / `--tflops`, summed: weights and head
 once a step, the prompt's keys and values once a group, each unfinished row's own ones once; rows that have ended cost
-nothing. The prefill is not in it. `peak_bytes` is the allocator's peak since the process started; give one preset and one
-number of prompts to have a run's own.
+nothing. The prefill is not in it. `peak_bytes` is the allocator's peak since the process started; give a single combination
+to have a run's own. `first_run_s` is the first call, `trace_s` and `compile_s` the parts of it that are JAX's and XLA's.
 """
 
 import argparse
+import collections
+import contextlib
+import itertools
 import json
 import os
 import statistics
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from profiling import format_table, traced
 from shapes import PRESETS, linear_parameters, random_base
 
 from jgrpo.config import LINEAR_MODULES, LoraConfig, RolloutConfig
 from jgrpo.lora import init_lora, module_shapes
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, generate
+from jgrpo.rollout.weights import merged_bytes, plan_weights
 
 MEASURED = {"H200": (4.3, 790.0)}
 """TB/s of a copy and TFLOP/s of a bfloat16 matmul, as measured on the device of that name."""
 
-COLUMNS = ("preset", "weights", "sequences", "tokens_per_s", "ms_per_step", "bound_tokens_per_s", "fraction", "peak_gb")
+COMPILE_EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace_s",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "trace_s",
+    "/jax/core/compile/backend_compile_duration": "compile_s",
+}
+"""Names under which JAX reports what making a program took."""
+
+COLUMNS = (
+    *("preset", "weights", "layers", "compaction", "lengths", "sequences", "tokens_per_s", "ms_per_step"),
+    *("bound_tokens_per_s", "fraction", "peak_gb"),
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -49,10 +67,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8, help="completions G of each prompt (default %(default)s)")
     parser.add_argument("--prompt-len", type=int, default=256, help="prompt tokens P (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=512, help="new tokens C at most (default %(default)s)")
-    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed")
+    parser.add_argument("--lengths", nargs="+", choices=("fixed", "lognormal"), default=["fixed"])
     parser.add_argument(
-        "--weights", choices=("int4", "bf16"), default="int4", help="linear layers (default %(default)s)"
+        "--weights", nargs="+", choices=("int4", "bf16", "auto"), default=["int4"], help="rollout_weights of the config"
     )
+    parser.add_argument("--layers", nargs="+", choices=("auto", "loop", "unrolled"), default=["auto"])
+    parser.add_argument("--compaction", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--int4-embeddings", action="store_true", help="embedding and head in int4 too")
     parser.add_argument("--group-size", type=int, default=64, help="int4 group (default %(default)s)")
     parser.add_argument("--lora-rank", type=int, default=32, help="rank R on all linear layers; 0: no adapter")
@@ -69,20 +89,30 @@ def arguments() -> argparse.Namespace:
         "--bandwidth", type=float, help="TB/s of the bound; default: measured, where the device is known"
     )
     parser.add_argument("--tflops", type=float, help="TFLOP/s of the bound; default likewise")
-    parser.add_argument("--profile", metavar="DIR", help="write a profile of one run there")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one run, times also per step")
     args = parser.parse_args()
     if args.kv != args.dtype:
         parser.error(f"--kv {args.kv}: the cache has the compute dtype, which is {args.dtype}")
     return args
 
 
-def completion_lengths(args: argparse.Namespace, prompts: int) -> np.ndarray:
+def completion_lengths(args: argparse.Namespace, prompts: int, lengths: str) -> np.ndarray:
     """Tokens of each completion, [Q, G]."""
     shape = (prompts, args.group)
-    if args.lengths == "fixed":
+    if lengths == "fixed":
         return np.full(shape, args.new_tokens, np.int32)
     drawn = np.random.default_rng(0).lognormal(np.log(200), 0.8, shape)
     return np.clip(np.rint(drawn), 1, args.new_tokens).astype(np.int32)
+
+
+class Case(NamedTuple):
+    """One combination of what is compared."""
+
+    prompts: int
+    weights: Literal["int4", "bf16", "auto"]
+    layers: Literal["auto", "loop", "unrolled"]
+    compaction: Literal["on", "off"]
+    lengths: Literal["fixed", "lognormal"]
 
 
 class Workload:
@@ -92,56 +122,60 @@ class Workload:
         self.args, self.preset, self.config = args, preset, PRESETS[preset]
         lora_config = LoraConfig(lora_rank=max(args.lora_rank, 1), lora_alpha=2.0 * max(args.lora_rank, 1))
         self.model = Transformer(self.config, lora_config, jnp.dtype(args.dtype))
-        self.base = random_base(
-            self.config, group_size=args.group_size, int4=args.weights == "int4", int4_embeddings=args.int4_embeddings
-        )
+        self.base = random_base(self.config, group_size=args.group_size, int4_embeddings=args.int4_embeddings)
         self.lora = init_lora(jax.random.key(1), lora_config, self.config) if args.lora_rank else {}
-        self.sampling = RolloutConfig(args.group, args.new_tokens, args.temperature, args.top_k, args.top_p, args.min_p)
         jax.block_until_ready((self.base, self.lora))
 
-    def compile(self, inputs: tuple, row_limits: jax.Array) -> tuple[Any, dict]:
-        """The rollout's program, and what making it took."""
-        began = time.perf_counter()
-        lowered = generate.lower(self.model, *inputs, self.sampling, eos_ids=(), pad_id=0, row_limits=row_limits)
-        traced = time.perf_counter()
-        compiled = lowered.compile()
-        times = {"trace_s": round(traced - began, 2), "compile_s": round(time.perf_counter() - traced, 2)}
-        analysis = compiled.memory_analysis()
-        return compiled, {**times, "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None)}
+    def sampling(self, case: Case) -> RolloutConfig:
+        args = self.args
+        return RolloutConfig(
+            num_generations=args.group,
+            max_completion_length=args.new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            rollout_weights=case.weights,
+            decode_layers=case.layers,
+            compaction=case.compaction == "on",
+        )
 
-    def measure(self, prompts: int) -> dict:
-        """Compile and time the rollout of `prompts` questions."""
-        args, lengths = self.args, completion_lengths(self.args, prompts)
-        tokens = jax.random.randint(jax.random.key(3), (prompts, args.prompt_len), 0, self.config.vocab_size)
-        questions = Prompts(tokens, jnp.full(prompts, args.prompt_len, jnp.int32))
-        limits = jnp.asarray(lengths)
-        inputs = (self.base, self.lora, questions)
-        compiled, about = self.compile((*inputs, jax.random.key(0)), limits)
+    def measure(self, case: Case) -> dict:
+        """Time the rollout of `case.prompts` questions."""
+        args, lengths = self.args, completion_lengths(self.args, case.prompts, case.lengths)
+        tokens = jax.random.randint(jax.random.key(3), (case.prompts, args.prompt_len), 0, self.config.vocab_size)
+        questions = Prompts(tokens, jnp.full(case.prompts, args.prompt_len, jnp.int32))
+        sampling, limits = self.sampling(case), jnp.asarray(lengths)
 
         def run(seed: int) -> float:
-            key = jax.random.key(seed)
+            inputs = (self.model, self.base, self.lora, questions, jax.random.key(seed), sampling)
             began = time.perf_counter()
-            rollout = jax.block_until_ready(compiled(*inputs, key, row_limits=limits))
+            rollout = jax.block_until_ready(generate(*inputs, eos_ids=(), pad_id=0, row_limits=limits))
             seconds = time.perf_counter() - began
             np.testing.assert_array_equal(rollout.completion_lengths, lengths)
             return seconds
 
-        first = run(0)
+        with compile_times() as about:
+            first = run(0)
         seconds = statistics.median(run(seed) for seed in range(1, args.runs + 1))
         if args.profile:
-            with jax.profiler.trace(args.profile):
+            with traced() as kernels:
                 run(args.runs + 1)
-        return {**self.report(lengths, seconds), "first_run_s": round(first, 3), **about, **memory()}
+            print(format_table(kernels(), steps=int(lengths.max())), flush=True)
+        row = {
+            **case._asdict(),
+            **self.report(case, lengths, seconds),
+            "first_run_s": round(first, 3),
+            **about,
+            **memory(),
+        }
+        return {"preset": self.preset, **row}
 
-    def report(self, lengths: np.ndarray, seconds: float) -> dict:
+    def report(self, case: Case, lengths: np.ndarray, seconds: float) -> dict:
         tokens, steps = int(lengths.sum()), int(lengths.max())
-        bound = self.bound(lengths)
+        bound = self.bound(case, lengths)
         return {
-            "preset": self.preset,
-            "weights": self.args.weights,
             "sequences": lengths.size,
-            "prompts": lengths.shape[0],
-            "lengths": self.args.lengths,
             "tokens": tokens,
             "longest": steps,
             "seconds": round(seconds, 4),
@@ -152,15 +186,17 @@ class Workload:
             "fraction": bound and round(bound / seconds, 3),
         }
 
-    def bound(self, lengths: np.ndarray) -> float | None:
+    def bound(self, case: Case, lengths: np.ndarray) -> float | None:
         """Seconds that bytes and operations of the decode take at least; None on a device that was not measured."""
         bandwidth, tflops = device_speed(self.args)
         if bandwidth is None or tflops is None:
             return None
         config, args = self.config, self.args
-        adapter = adapter_parameters(config, args.lora_rank)
+        merged = plan_weights(self.model, self.base, self.sampling(case), (case.prompts, args.prompt_len)).merged
+        adapter = 0 if merged else adapter_parameters(config, args.lora_rank)
         kv_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(args.kv).itemsize
-        weights = step_weight_bytes(self.base) + adapter * jnp.dtype(args.dtype).itemsize
+        weights = step_weight_bytes(self.base, merged_bytes(self.model) if merged else None)
+        weights += adapter * jnp.dtype(args.dtype).itemsize
         parameters = linear_parameters(config) + config.vocab_size * config.hidden_size + adapter
         step = np.arange(lengths.max())
         rows = (lengths[..., None] > step).sum(axis=(0, 1))
@@ -182,10 +218,33 @@ def adapter_parameters(config: ModelConfig, rank: int) -> int:
     return config.num_layers * rank * sum(sum(shapes[name]) for name in LINEAR_MODULES)
 
 
-def step_weight_bytes(base: dict) -> int:
-    """Bytes of the weights that a step reads whole: all but an embedding that is not the head as well."""
-    leaves = {name: part for name, part in base.items() if name != "embed" or "head" not in base}
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
+def step_weight_bytes(base: dict, layers: int | None) -> int:
+    """Bytes of the weights that a step reads whole: all but an embedding that is not the head as well.
+
+    `layers` is the size of a copy that stands for the base's layers.
+    """
+    left_out = {"embed"} if "head" in base else set()
+    left_out |= set() if layers is None else {"layers"}
+    leaves = {name: part for name, part in base.items() if name not in left_out}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves)) + (layers or 0)
+
+
+@contextlib.contextmanager
+def compile_times() -> Iterator[dict[str, float]]:
+    """Seconds of tracing and compiling inside the block; filled in when it ends."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if name := COMPILE_EVENTS.get(event):
+            seconds[name] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    result: dict[str, float] = {}
+    try:
+        yield result
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        result.update({name: round(spent, 2) for name, spent in seconds.items()})
 
 
 def memory() -> dict:
@@ -207,8 +266,8 @@ def main() -> None:
     rows = []
     for preset in args.preset:
         workload = Workload(args, preset)
-        for prompts in args.prompts:
-            rows.append(workload.measure(prompts))
+        for case in map(Case._make, itertools.product(*(vars(args)[name] for name in Case._fields))):
+            rows.append(workload.measure(case))
             print(json.dumps(rows[-1]), flush=True)
         del workload
     print(table(rows))

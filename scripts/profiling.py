@@ -48,8 +48,13 @@ def _kernels(folder: str) -> list[dict[str, Any]]:
     ]
 
 
-def format_table(rows: list[dict[str, Any]], most: int = 30) -> str:
-    """The first rows as text, with the sum of all."""
-    lines = [f"{row['us']:>12,.1f} us {row['count']:>7} x {row['share']:>6.1%}  {row['kernel']}" for row in rows[:most]]
-    rest = f"{sum(row['us'] for row in rows):>12,.1f} us {sum(row['count'] for row in rows):>7} kernels in all"
-    return "\n".join([*lines, rest])
+def format_table(rows: list[dict[str, Any]], most: int = 30, steps: int | None = None) -> str:
+    """The first rows as text, with the sum of all; `steps` adds what a decode step has of each."""
+
+    def line(us: float, count: int, rest: str) -> str:
+        of_step = f"{us / steps:>9.1f} us {count / steps:>6.1f} x a step" if steps else ""
+        return f"{us:>12,.1f} us {count:>7} x {of_step} {rest}"
+
+    lines = [line(row["us"], row["count"], f"{row['share']:>6.1%}  {row['kernel']}") for row in rows[:most]]
+    everything = sum(row["us"] for row in rows), sum(row["count"] for row in rows)
+    return "\n".join([*lines, line(*everything, "kernels in all")])

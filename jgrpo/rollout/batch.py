@@ -38,8 +38,9 @@ def generate(
     same key gives the same tokens; `lora = {}` samples from the base model. `row_limits` gives rows lower limits of
     their own. Not to be called inside `jit`: it looks at which rows have ended; `rollout_program` is.
     """
-    shape = (prompts.tokens.shape[0], config.num_generations)
-    merged = merge(model, base, lora) if plan_weights(model, base, config, prompts.tokens.shape).merged else None
+    questions, width = prompts.tokens.shape
+    shape = (questions, config.num_generations)
+    merged = merge(model, base, lora) if plan_weights(model, base, config, (questions, width)).merged else None
     smaller = compaction.buckets(*shape) if config.compaction else ()
     if not smaller:
         how = dict(eos_ids=eos_ids, pad_id=pad_id, row_limits=row_limits, merged=merged)
@@ -103,7 +104,8 @@ def _first_stage(
     until: Bucket,
 ) -> Stage:
     stage = _begin(setup, base, lora, prompts, key, row_limits)
-    return _run(setup, base, lora, merged, stage, until, stage.rows.shape)
+    questions, group = stage.rows.shape
+    return _run(setup, base, lora, merged, stage, until, (questions, group))
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "until", "shape"), donate_argnames=("stage",))

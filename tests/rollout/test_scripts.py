@@ -37,12 +37,14 @@ def test_example_compares_base_and_adapter(tmp_path: Path) -> None:
 
 def test_bench_prints_json_and_a_table() -> None:
     flags = "--preset tiny --dtype float32 --kv float32 --prompts 2 --group 2 --prompt-len 4 --new-tokens 9 --runs 1"
-    lines = run(
-        "scripts/bench_rollout.py", *flags.split(), "--lengths", "lognormal", "--bandwidth", "1", "--tflops", "1"
-    )
-    first, row = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+    more = "--weights int4 bf16 --lengths lognormal --bandwidth 1 --tflops 1"
+    lines = run("scripts/bench_rollout.py", *flags.split(), *more.split())
+    first, other, row = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+    assert (other["weights"], row["weights"]) == ("int4", "bf16")
+    assert other["bound_tokens_per_s"] > row["bound_tokens_per_s"]
+    assert row["compile_s"] > 0
     assert first["device"] == jax.devices()[0].device_kind
     assert row["sequences"] == 4
     assert 0 < row["fraction"] < 1
-    assert lines.splitlines()[-2].split()[3] == "tokens_per_s"
-    assert lines.splitlines()[-1].split()[3] == str(row["tokens_per_s"])
+    column = lines.splitlines()[-3].split().index("tokens_per_s")
+    assert lines.splitlines()[-1].split()[column] == str(row["tokens_per_s"])
