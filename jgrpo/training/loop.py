@@ -137,6 +137,8 @@ class Run:
         examples, cursor = self._next_prompts()
         with _timed(times, "rollout"):
             rollout = jax.block_until_ready(self._rollout(examples, step))
+        if self.config.rollout.compaction:  # its few smaller programs are compiled when a batch first gets there
+            compiled = self.compilations.count
         self._stop_if_asked()
         if step == 1:
             check_first_rollout(self.policy, self.state.lora, rollout, self.config)
