@@ -10,6 +10,7 @@ Operations on layers take the stack of all layers and a layer index: a slice in 
 from pallas_kernels.codes import NF4, dequantize
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.rope_cache import rope_and_cache
 from pallas_kernels.token_logprobs import token_logprobs
 
-__all__ = ["NF4", "decode_attention", "dequantize", "int4_matmul", "token_logprobs"]
+__all__ = ["NF4", "decode_attention", "dequantize", "int4_matmul", "rope_and_cache", "token_logprobs"]

@@ -106,6 +106,15 @@ def decode_attention_rule(
     return REFERENCE if decode_attention_problem(device, dtype, head_dim, static_window, softcap) else TRITON
 
 
+def rope_and_cache_problem(device: Device, dtype, head_dim: int) -> str | None:
+    """Why the rotation-and-cache kernel cannot run this shape; None when it can, and then it is faster."""
+    if problem := _triton_problem(device, dtype):
+        return problem
+    if head_dim not in ATTENTION_HEAD_DIMS:
+        return f"head_dim must be one of {ATTENTION_HEAD_DIMS}, got {head_dim}"
+    return None
+
+
 def resolve(op: str, implementation: str | None, chosen: str, problem: str | None) -> str:
     """`chosen` unless `implementation` names another one.
 

@@ -1,0 +1,84 @@
+"""From the fused q, k, v projection of one token to rotated queries and a cache that holds its keys and values.
+
+Between the projection and the attention of a decode step stand a norm of each head, the rotation and two writes into the
+cache: in plain XLA half a dozen kernels that each take longer to start than to run. The caches are updated in place.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+
+
+def rope_and_cache(
+    qkv: Float[Array, "Q G HKK_Hd"],
+    cos: Float[Array, "Q Hd_2"],
+    sin: Float[Array, "Q Hd_2"],
+    k: Float[Array, "L Q G K C Hd"],
+    v: Float[Array, "L Q G K C Hd"],
+    slot: Int[Array, ""] | int,
+    *,
+    layer: Int[Array, ""] | int,
+    norms: tuple[Float[Array, "L Hd"], Float[Array, "L Hd"]] | None = None,
+    eps: float = 1e-6,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "Q G H Hd"], Float[Array, "L Q G K C Hd"], Float[Array, "L Q G K C Hd"]]:
+    """(rotated q, k and v with `slot` of `layer` written).
+
+    Args:
+      qkv: the heads of q, then k, then v of every row, biases included.
+      cos, sin: of the rows' angles, one row of the table for a group; float32.
+      k, v: the stacked caches; given up to the result where the caller can (inside a loop, always).
+      norms: scales of the RMS norms of q's and k's heads, of which the layer's row is taken; None: no norm.
+      implementation: "reference", "triton", or None for the rule in `dispatch.py`.
+
+    Raises:
+      ValueError: shapes do not fit, or the named implementation cannot run here.
+    """
+    kv_heads, head_dim = k.shape[3], k.shape[5]
+    heads = qkv.shape[-1] // head_dim - 2 * kv_heads
+    want = (*k.shape[1:3], (heads + 2 * kv_heads) * head_dim)
+    if qkv.shape != want or v.shape != k.shape or cos.shape != (k.shape[1], head_dim // 2) or sin.shape != cos.shape:
+        raise ValueError(
+            f"rope_and_cache: cache {k.shape} and {v.shape} want qkv {want} and cos, sin {(k.shape[1], head_dim // 2)}, "
+            f"got {qkv.shape}, {cos.shape}, {sin.shape}"
+        )
+    slot, layer = (i if isinstance(i, int) else jnp.asarray(i, jnp.int32) for i in (slot, layer))
+    problem = dispatch.rope_and_cache_problem(dispatch.current_device(), qkv.dtype, head_dim)
+    chosen = dispatch.resolve(
+        "rope_and_cache", implementation, dispatch.REFERENCE if problem else dispatch.TRITON, problem
+    )
+    if chosen == dispatch.TRITON:
+        from pallas_kernels.rope_cache_triton import rope_and_cache as fused
+
+        return fused(qkv, cos, sin, k, v, slot, layer, norms, eps)
+    return reference(qkv, cos, sin, k, v, slot, layer, norms, eps)
+
+
+def reference(qkv, cos, sin, k, v, slot, layer, norms, eps):
+    """The jnp twin: rounds to qkv's dtype after the norm and once after the rotation, as the kernel does."""
+    kv_heads, head_dim = k.shape[3], k.shape[5]
+    parts = qkv.reshape(*qkv.shape[:-1], -1, head_dim)
+    q_new, k_new, v_new = jnp.split(parts, [parts.shape[-2] - 2 * kv_heads, parts.shape[-2] - kv_heads], axis=-2)
+    if norms is not None:
+        q_new, k_new = (_norm(x, scale[layer], eps) for x, scale in zip((q_new, k_new), norms, strict=True))
+    q_new, k_new = (_rotate(x, cos, sin) for x in (q_new, k_new))
+    at = (layer, 0, 0, 0, slot, 0)
+    k, v = (
+        lax.dynamic_update_slice(cache, new[None, :, :, :, None].astype(cache.dtype), at)
+        for cache, new in ((k, k_new), (v, v_new))
+    )
+    return q_new, k, v
+
+
+def _norm(x, scale, eps):
+    wide = x.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def _rotate(x, cos, sin):
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (table.astype(x.dtype).astype(jnp.float32)[:, None, None] for table in (cos, sin))
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
