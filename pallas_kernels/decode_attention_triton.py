@@ -11,6 +11,9 @@ Each leaves float32 (max, sum, weighted values) in base 2; a second small kernel
 2023). A part with nothing to see leaves max = -inf, and the merge does not read its values.
 """
 
+# pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
+# Triton is optional, and its kernel language is not typed Python.
+
 import jax
 import jax.numpy as jnp
 import triton

@@ -18,6 +18,11 @@ Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float
 them; the first split adds the LoRA product.
 """
 
+# pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
+# Triton is optional, and its kernel language is not typed Python.
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -234,8 +239,10 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.
         DTYPE=_triton_type(x.dtype),
         **kernel_constants(m, n, k, group, rank, config),
     )
+    if not partial_sums:
+        return out
     # Slices and additions rather than a reduction: XLA then fuses them with what follows into one elementwise kernel.
-    return sum(out[split] for split in range(config.split_k)).astype(out_dtype) if partial_sums else out
+    return functools.reduce(jnp.add, [out[split] for split in range(config.split_k)]).astype(out_dtype)
 
 
 def _triton_type(dtype):
