@@ -234,9 +234,9 @@ def compile_times() -> Iterator[dict[str, float]]:
     """Seconds of tracing and compiling inside the block; filled in when it ends."""
     seconds: dict[str, float] = collections.defaultdict(float)
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if name := COMPILE_EVENTS.get(event):
-            seconds[name] += duration
+            seconds[name] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     result: dict[str, float] = {}

@@ -73,6 +73,14 @@ def check_positions(rope: RopeConfig, context_length: int | None, positions: int
         )
 
 
+def rope_tables(
+    positions: Int[Array, "*B"], inv_freq: np.ndarray | Array, attention_factor: float | Array = 1.0
+) -> tuple[Float[Array, "*B R"], Float[Array, "*B R"]]:
+    """cos and sin of every position's angles, float32."""
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+
 def apply_rope(
     x: Float[Array, "*B heads Hd"],
     positions: Int[Array, "*B"],
@@ -80,9 +88,7 @@ def apply_rope(
     attention_factor: float | Array = 1.0,
 ) -> Float[Array, "*B heads Hd"]:
     """Rotate `x[..., head, :2·len(inv_freq)]` by its position; angles in float32, result in `x.dtype`."""
-    angles = positions[..., None, None].astype(jnp.float32) * inv_freq
-    cos = (jnp.cos(angles) * attention_factor).astype(x.dtype)
-    sin = (jnp.sin(angles) * attention_factor).astype(x.dtype)
+    cos, sin = (table.astype(x.dtype) for table in rope_tables(positions[..., None], inv_freq, attention_factor))
     half = inv_freq.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -28,11 +28,11 @@ from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
 from jgrpo.models.parameters import init_base
-from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies
+from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.quantization import MixedWeight, Weight, embed, matmul
 
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""(q, k, v) of one layer, rotated -> (attention output, whatever the caller keeps of k and v)."""
+Attend = Callable[[Array], tuple[Array, Any]]
+"""q, k and v of one layer as projected -> (attention output, whatever the caller keeps of k and v)."""
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -94,12 +94,13 @@ class Transformer(nn.Module):
         key = self.make_rng("dropout") if dropout and self.lora.lora_dropout > 0 else None
 
         def body(x: Array, layer: Array) -> tuple[Array, None]:
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            def attend(qkv: Array) -> tuple[Array, None]:
+                q, k, v = self._heads(qkv, positions, base["layers"], layer)
                 return self._attention(q, k, v, lengths, layer, segments), None
 
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
-            return self._layer(x, positions, base["layers"], layer, adapter, attend, layer_key)
+            return self._layer(x, base["layers"], layer, adapter, attend, layer_key)
 
         body = jax.checkpoint(body, prevent_cse=False) if remat else body
         x, _ = jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))
@@ -115,12 +116,13 @@ class Transformer(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
         def body(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            def attend(qkv: Array) -> tuple[Array, tuple[Array, Array]]:
+                q, k, v = self._heads(qkv, positions, base["layers"], layer)
                 kept = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
                 return self._attention(q, k, v, lengths, layer), kept
 
             adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
-            return self._layer(x, positions, base["layers"], layer, adapter, attend)
+            return self._layer(x, base["layers"], layer, adapter, attend)
 
         x, kv = jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -137,15 +139,13 @@ class Transformer(nn.Module):
         base, lora = self._base(), self._lora()
         self._check_positions(cache.prompt_k.shape[3] + cache.k.shape[4])
         adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
-        positions = jnp.broadcast_to(cache.prompt_lengths[:, None] + cache.length, tokens.shape)
+        write = self._cache_writer(base["layers"], cache)
 
         def body(layer: int | Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             x, keys, values = carry
 
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-                slot = (layer, 0, 0, 0, cache.length, 0)
-                written_k = jax.lax.dynamic_update_slice(keys, k[None, :, :, :, None].astype(keys.dtype), slot)
-                written_v = jax.lax.dynamic_update_slice(values, v[None, :, :, :, None].astype(values.dtype), slot)
+            def attend(qkv: Array) -> tuple[Array, tuple[Array, Array]]:
+                q, written_k, written_v = write(qkv, keys, values, layer)
                 out = pallas_kernels.decode_attention(
                     q,
                     cache.prompt_k,
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
                 )
                 return out, (written_k, written_v)
 
-            x, (keys, values) = self._layer(x, positions, base["layers"], layer, adapter, attend)
+            x, (keys, values) = self._layer(x, base["layers"], layer, adapter, attend)
             return x, keys, values
 
         carry = (self._embed(base, tokens), cache.k, cache.v)
@@ -190,20 +190,17 @@ class Transformer(nn.Module):
     def _layer(
         self,
         x: Array,
-        positions: Array,
         weights: Any,
         layer: int | Array,
         adapter: dict[str, tuple[Array, Array]],
         attend: Attend,
         dropout_key: Array | None = None,
     ) -> tuple[Array, Any]:
-        """x + attention(norm x), then x + mlp(norm x), with x `[…, D]` and positions `[…]`."""
+        """x + attention(norm x), then x + mlp(norm x), with x `[…, D]`."""
         linear = _Linear(weights, layer, adapter, self.lora.lora_dropout, dropout_key)
 
         h = self._norm(x, weights["input_norm"], layer)
-        q, k, v = self._heads(linear("qkv", h), weights, layer)
-        rope = self._rope(layer)
-        attended, kept = attend(apply_rope(q, positions, *rope), apply_rope(k, positions, *rope), v)
+        attended, kept = attend(linear("qkv", h))
         x = x + self._out_norm(linear("out", attended.reshape(*x.shape[:-1], -1)), weights, "attention_out_norm", layer)
 
         h = self._norm(x, weights["post_norm"], layer)
@@ -211,8 +208,37 @@ class Transformer(nn.Module):
         mlp = linear("down", ACTIVATIONS[self.config.activation](gate) * up)
         return x + self._out_norm(mlp, weights, "mlp_out_norm", layer), kept
 
-    def _heads(self, qkv: Array, weights: Any, layer: int | Array) -> tuple[Array, Array, Array]:
-        """Split the fused projection into heads `[…, heads, Hd]`, with QK-norm where the family has it."""
+    def _cache_writer(self, weights: Any, cache: KVCache) -> Callable[..., tuple[Array, Array, Array]]:
+        """(qkv `[Q, G, …]`, keys, values, layer) -> (q rotated, keys and values with slot `cache.length` written).
+
+        One fused operation where it covers the family: heads that are rotated whole, norms without an offset.
+        """
+        positions = cache.prompt_lengths + cache.length
+        norms = (weights["q_norm"], weights["k_norm"]) if self.config.qk_norm else None
+        ropes = (self.config.rope, self.config.local_rope or self.config.rope)
+        fused = all(rope.partial == 1.0 for rope in ropes) and not (norms and self.config.norm_offset)
+        tables = rope_tables(positions, *self._rope(0)) if self.config.local_rope is None else None
+
+        def write(qkv: Array, keys: Array, values: Array, layer: int | Array) -> tuple[Array, Array, Array]:
+            if fused:
+                cos, sin = tables or rope_tables(positions, *self._rope(layer))
+                eps = self.config.rms_norm_eps
+                return pallas_kernels.rope_and_cache(
+                    qkv, cos, sin, keys, values, cache.length, layer=layer, norms=norms, eps=eps
+                )
+            rows = jnp.broadcast_to(positions[:, None], qkv.shape[:2])
+            q, *kv = self._heads(qkv, rows, weights, layer)
+            slot = (layer, 0, 0, 0, cache.length, 0)
+            keys, values = (
+                jax.lax.dynamic_update_slice(stack, new[None, :, :, :, None].astype(stack.dtype), slot)
+                for stack, new in zip((keys, values), kv, strict=True)
+            )
+            return q, keys, values
+
+        return write
+
+    def _heads(self, qkv: Array, positions: Array, weights: Any, layer: int | Array) -> tuple[Array, Array, Array]:
+        """Split the fused projection into heads `[…, heads, Hd]`, norm q and k where the family does, and rotate them."""
         cfg = self.config
         q_rows, k_rows, _ = cfg.qkv_splits
         heads = (
@@ -223,7 +249,8 @@ class Transformer(nn.Module):
         if cfg.qk_norm:
             q = self._norm(q, weights["q_norm"], layer)
             k = self._norm(k, weights["k_norm"], layer)
-        return q, k, v
+        rope = self._rope(layer)
+        return apply_rope(q, positions, *rope), apply_rope(k, positions, *rope), v
 
     def _embed(self, base: Any, tokens: Array) -> Array:
         x = embed(base["embed"], tokens, self.dtype)
@@ -251,6 +278,8 @@ class Transformer(nn.Module):
         ]
         if cfg.local_rope is None:
             return tables[0]
+        if isinstance(layer, int):
+            return tables[cfg.windows[layer] is not None]
         local = jnp.asarray([window is not None for window in cfg.windows], jnp.int32)[layer]
         freqs, factors = zip(*tables, strict=True)
         return jnp.asarray(freqs)[local], jnp.asarray(factors)[local]
@@ -263,6 +292,8 @@ class Transformer(nn.Module):
         """Sliding window of the layer; an array only where layers differ and the index is traced."""
         if not self.config.mixed_windows:
             return self.config.uniform_window
+        if isinstance(layer, int):
+            return self.config.windows[layer]
         unlimited = jnp.iinfo(jnp.int32).max
         return jnp.asarray([unlimited if w is None else w for w in self.config.windows], jnp.int32)[layer]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import triton
 import triton.language as tl
@@ -16,7 +17,7 @@ from jax import ShapeDtypeStruct
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels import decode_attention_triton, int4_matmul_triton, tuning
+from pallas_kernels import decode_attention_triton, int4_matmul_triton, rope_cache_triton, tuning
 
 
 def unfinished_products(ttgir: str) -> int:
@@ -77,9 +78,25 @@ def decode_attention(head_dim: int, capability: int) -> tuple[int, int]:
     return compile_kernel(decode_attention_triton.decode_attention_kernel, types, constants, config, capability)
 
 
+def rope_and_cache(capability: int, layer_type: str) -> tuple[int, int]:
+    """With norms, the layer behind a pointer or as a number (of which Triton makes a constant where it is 1)."""
+    qkv, cache = ShapeDtypeStruct((8, 8, 16 * 128), "bfloat16"), ShapeDtypeStruct((2, 8, 8, 2, 512, 128), "bfloat16")
+    constants = rope_cache_triton.kernel_constants(qkv, cache, 1e-6, True)
+    constants |= {"DTYPE": tl.bfloat16, "SLOT_IS_POINTER": True, "LAYER_IS_POINTER": layer_type == "*i32"}
+    types = dict.fromkeys(("qkv_ptr", "k_in_ptr", "v_in_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "*fp32")
+    types |= {"slot_ptr": "*i32", "layer_ptr": layer_type}
+    if layer_type == "constexpr":
+        constants["layer_ptr"] = 1
+    blocks = SimpleNamespace(warps=1, stages=1)
+    return compile_kernel(rope_cache_triton.rope_and_cache_kernel, types, constants, blocks, capability)
+
+
 if __name__ == "__main__":
     for target in map(int, sys.argv[1:]):
         for rows in (16, 64, 128):
             print(f"int4_matmul-{rows}-sm_{target}", *int4_matmul(rows, target), flush=True)
         for head_dim in (64, 128, 256):
             print(f"decode_attention-{head_dim}-sm_{target}", *decode_attention(head_dim, target), flush=True)
+        for layer_type in ("*i32", "i32", "constexpr"):
+            print(f"rope_and_cache-{layer_type}-sm_{target}", *rope_and_cache(target, layer_type), flush=True)
