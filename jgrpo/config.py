@@ -100,6 +100,12 @@ class RolloutConfig:
     """Keep tokens with at least this fraction of the most likely token's probability; 0: all."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion besides the model's own EOS ids."""
+    tools: tuple[str, ...] = ()
+    """Dotted paths of Python functions that the model may call; their descriptions go into the system message."""
+    environment: str | None = None
+    """Dotted path of a function or class that makes an environment, which answers the model's turns; null: none."""
+    max_turns: int = 8
+    """Turns of the model in one completion, where there are tools or an environment."""
     rollout_weights: Literal["int4", "bf16", "auto"] = "int4"
     """What decodes: the base as stored plus the adapter (int4), or a copy with the adapter merged in, made for each
     rollout in the compute dtype (bf16): faster with many rows, at the price of its memory. auto: by rows and memory."""

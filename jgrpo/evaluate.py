@@ -4,6 +4,7 @@ Definitions (correct, accuracy, pass@k, intervals) are those of `jgrpo.training.
 prompts and the same random numbers, so their difference is taken prompt by prompt, and its interval is the paired one.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from jgrpo.errors import UserError
 from jgrpo.export import load_adapter, load_run_adapter
 from jgrpo.generate import SeedSettings
 from jgrpo.rewards import resolve_rewards
+from jgrpo.rollout import environment_factory
 from jgrpo.training.evaluation import Interval, Scores, evaluate_policy, held_out_sampling, interval
 from jgrpo.training.policy import load_policy
-from jgrpo.training.task import prompt_width
+from jgrpo.training.task import prompt_width, with_tools
 from jgrpo.validation import check_ranges
 
 
@@ -92,9 +94,12 @@ def evaluate(settings: EvaluateConfig) -> list[Result]:
     check_context(*limits, model_config.max_position_embeddings)
     task, _ = find_task(settings.data.dataset)
     rewards = resolve_rewards(settings.reward, task.reward_functions if task else ())
-    dataset = load_prompts(settings.data, tokenizer, "test", settings.training.seed)
+    data = with_tools(settings.data, settings.rollout)
+    dataset = load_prompts(data, tokenizer, "test", settings.training.seed)
     adapters, lora_config = _adapters(settings, model_config)
     policy = load_policy(settings.model, settings.quantization, lora_config, tokenizer)
+    environment = environment_factory(settings.rollout, tokenizer, policy.eos_ids)
+    policy = dataclasses.replace(policy, environment=environment)
     examples = dataset.examples[: settings.evaluation.eval_prompts]
     results = []
     for way, sampling in _ways(settings).items():

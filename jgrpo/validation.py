@@ -27,6 +27,11 @@ def validate(config: TrainConfig) -> None:
     check_batch(config)
     check_modules(config)
     check_rewards(config)
+    if config.rollout.tools and config.rollout.environment is not None:
+        raise UserError(
+            f"--tools and --environment are both given: the environment {config.rollout.environment!r} answers every turn, "
+            "so let it call the tools, or leave one out."
+        )
 
 
 def validate_supervised(config: SftConfig) -> None:
@@ -67,7 +72,7 @@ RANGES = (
         lambda v: v > 0,
         "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout "
         "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_chunk max_nonfinite_steps "
-        "max_grad_norm keep_last eval_prompts max_length rows_per_step microbatch_rows",
+        "max_grad_norm keep_last eval_prompts max_length rows_per_step microbatch_rows max_turns",
     ),
     Range(
         "0 or above",

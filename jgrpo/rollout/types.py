@@ -42,6 +42,14 @@ class Rollout:
     """Log of the probability mass that top-k, top-p and min-p kept; 0 without them and outside the mask."""
     finish: Int32[Array, "Q G"]
     """FINISH_STOP or FINISH_LENGTH."""
+    loss_mask: Bool[Array, "Q G C"] | None = None
+    """True on the tokens that the model wrote; False on those of a tool or an environment, whose log-probabilities are 0
+    here. None: the model wrote everything."""
+
+    @property
+    def policy_mask(self) -> Bool[Array, "Q G C"]:
+        """The completion's tokens that the model wrote: what a loss is about."""
+        return self.completion_mask if self.loss_mask is None else self.completion_mask & self.loss_mask
 
     @property
     def policy_logprobs(self) -> Float32[Array, "Q G C"]:

@@ -84,13 +84,14 @@ def check_first_rollout(policy: Policy, lora: Mapping[str, Any], rollout: Rollou
     Raises:
         PolicyMismatch: a mean gap (NaN included) is above the dtype's tolerance.
     """
-    rows = jax.tree.map(lambda array: array[: config.training.microbatch_size], rows_of(rollout))
-    training = config.training
+    training, length = config.training, rollout.completion_mask.shape[-1]
+    rows = jax.tree.map(lambda array: array[: training.microbatch_size], rows_of(rollout))
     gaps = _policy_gaps(
         lora,
         policy.base,
         rows,
-        rollout.policy_logprobs.reshape(-1, rows.completion_mask.shape[1])[: training.microbatch_size],
+        rollout.policy_logprobs.reshape(-1, length)[: training.microbatch_size],
+        rollout.policy_mask.reshape(-1, length)[: training.microbatch_size],
         model=policy.model,
         temperature=config.rollout.temperature,
         chunk=training.logprob_chunk,
@@ -99,12 +100,12 @@ def check_first_rollout(policy: Policy, lora: Mapping[str, Any], rollout: Rollou
 
 
 @partial(jax.jit, static_argnames=("model", "temperature", "chunk"))
-def _policy_gaps(lora, base, rows, sampler_logprobs, *, model, temperature, chunk):
-    """Mean |Δ log-prob| over completion tokens, of the trainer to the sampler and to the base."""
+def _policy_gaps(lora, base, rows, sampler_logprobs, mask, *, model, temperature, chunk):
+    """Mean |Δ log-prob| over the tokens of the mask, of the trainer to the sampler and to the base."""
     forward = partial(token_logprobs, model, base, temperature=temperature, chunk=chunk, remat=False)
     logprobs = forward(lora, rows)[0]
     others = (sampler_logprobs, forward({}, rows)[0])
-    return tuple(masked_mean(jnp.abs(logprobs - other), rows.completion_mask) for other in others)
+    return tuple(masked_mean(jnp.abs(logprobs - other), mask) for other in others)
 
 
 def check_same_policy(dtype: str, sampler_gap: float, reference_gap: float) -> None:

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 
 from jgrpo.algorithms import check_objective, objective_from_config
 from jgrpo.checkpoints.adapter import export_adapter
-from jgrpo.checkpoints.hf import load_model_config, load_tokenizer, resolve_checkpoint
+from jgrpo.checkpoints.hf import eos_ids, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
 from jgrpo.config import TrainConfig
 from jgrpo.data import Cursor, Example, take
 from jgrpo.lora import init_lora
 from jgrpo.reporting import FRESH, Reporter, is_due, make_reporter, memory_metrics
-from jgrpo.rollout import Rollout
+from jgrpo.rollout import EnvironmentFactory, Rollout, environment_factory
 from jgrpo.training import evaluation
 from jgrpo.training.experience import Experience, advantages_of, completion_rows, host_metrics, judge, weights_of
 from jgrpo.training.guards import CompileCounter, StopSignals, check_finite, check_first_rollout
@@ -45,12 +45,15 @@ class Stopped(SystemExit):
     """A signal ended the run after its state was saved; the code is 128 + signal."""
 
 
-def train(config: TrainConfig, reward_functions: RewardFunctions = ()) -> TrainState:
+def train(
+    config: TrainConfig, reward_functions: RewardFunctions = (), environment: EnvironmentFactory | None = None
+) -> TrainState:
     """Train an adapter as configured, and leave the run directory behind.
 
     Args:
         config: validated settings (`jgrpo.cli.resolve_config` makes them from Python).
         reward_functions: Python functions of TRL's signature, used instead of the names in the configuration.
+        environment: makes what answers the model's turns (`jgrpo.rollout.Environment`), instead of the configuration's.
 
     Returns:
         The final state.
@@ -67,7 +70,9 @@ def train(config: TrainConfig, reward_functions: RewardFunctions = ()) -> TrainS
         path = resolve_checkpoint(config.model.model, config.model.revision)
         context, tokenizer = load_model_config(path).max_position_embeddings, load_tokenizer(path)
         task = load_task(config, tokenizer, context, reward_functions)
+        environment = environment or environment_factory(config.rollout, tokenizer, eos_ids(path, tokenizer))
         policy = load_policy(config.model, config.quantization, config.lora, tokenizer)
+        policy = dataclasses.replace(policy, environment=environment)
         claim_directory(config)
         run = Run(config, policy, task, reporter, signals)
         try:

@@ -12,7 +12,7 @@ from jgrpo.checkpoints.hf import eos_ids, load_base, load_model_config, load_tok
 from jgrpo.config import LoraConfig, ModelSettings, QuantizationConfig, RolloutConfig
 from jgrpo.data import Example, pad_prompts
 from jgrpo.models import Transformer
-from jgrpo.rollout import Prompts, Rollout, generate
+from jgrpo.rollout import EnvironmentFactory, Prompts, Rollout, generate, generate_turns
 from jgrpo.training.compilation import enable_compilation_cache
 
 
@@ -24,6 +24,8 @@ class Policy:
     base: Mapping[str, Any]
     tokenizer: Any
     eos_ids: tuple[int, ...]
+    environment: EnvironmentFactory | None = None
+    """Makes what answers the model's turns, one for each completion; None: a completion is one turn."""
 
     @property
     def dtype(self) -> str:
@@ -50,16 +52,13 @@ class Policy:
         """Completions of every example; compiled once for each number of examples."""
         tokens, lengths = pad_prompts(examples, prompt_width, self.tokenizer.pad_token_id)
         prompts = Prompts(tokens=tokens, lengths=lengths)  # type: ignore[arg-type]
-        return generate(
-            self.model,
-            self.base,
-            lora,
-            prompts,
-            key,
-            config,
-            eos_ids=self.eos_ids,
-            pad_id=self.tokenizer.pad_token_id,
-        )
+        given, pad_id = (self.model, self.base, lora, prompts, key, config), self.tokenizer.pad_token_id
+        if self.environment is None:
+            return generate(*given, eos_ids=self.eos_ids, pad_id=pad_id)
+        environments = [self.environment() for _ in range(len(examples) * config.num_generations)]
+        for row, environment in enumerate(environments):
+            environment.reset(examples[row // config.num_generations].columns)
+        return generate_turns(*given, environments, tokenizer=self.tokenizer, eos_ids=self.eos_ids, pad_id=pad_id)
 
 
 def load_policy(

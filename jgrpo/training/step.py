@@ -143,7 +143,7 @@ def slice_batch(batch: Batch, objective: Objective, minibatches: int, size: int)
             f"{questions} prompts x {generations} completions do not divide into {minibatches} minibatches of microbatches "
             f"of {size} rows"
         )
-    mask = loss_mask(objective, rollout.completion_mask, rollout.finish == FINISH_STOP, batch.rewards)
+    mask = loss_mask(objective, rollout.policy_mask, rollout.finish == FINISH_STOP, batch.rewards)
     tokens = mask.sum()
     weights = jax.vmap(lambda part: objective.aggregation(part, length, tokens))(
         mask.reshape(minibatches, -1, generations, length)

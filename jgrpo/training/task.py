@@ -1,13 +1,15 @@
 """What a run trains on: prompts, held-out prompts and the functions that judge completions."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jgrpo.config import TrainConfig
+from jgrpo.config import DataConfig, RolloutConfig, TrainConfig
 from jgrpo.data import Example, PromptDataset, check_context, find_task, has_held_out, load_prompts
 from jgrpo.errors import UserError
 from jgrpo.rewards import NamedReward, named_rewards, resolve_rewards
+from jgrpo.rollout import describe_tools, load_tools
 
 PROMPT_MULTIPLE = 16
 RewardFunctions = Sequence[Callable[..., Any]]
@@ -63,9 +65,22 @@ def load_task(config: TrainConfig, tokenizer: Any, context: int, reward_function
         UserError: bad data, unknown rewards, or prompts and completions that exceed the model's context.
     """
     check_context(config.data.max_prompt_length, config.rollout.max_completion_length, context)
+    config = dataclasses.replace(config, data=with_tools(config.data, config.rollout))
     rewards = load_rewards(config, reward_functions)
     prompts = load_prompts(config.data, tokenizer, "train", config.training.seed)
     return Task(prompts, load_held_out(config, tokenizer), tuple(rewards))
+
+
+def with_tools(data: DataConfig, rollout: RolloutConfig) -> DataConfig:
+    """The data's settings with a description of the tools, if there are any, at the end of the system message.
+
+    Raises:
+        UserError: a tool cannot be imported or lacks a description.
+    """
+    if not rollout.tools:
+        return data
+    parts = [data.system_prompt] if data.system_prompt else []
+    return dataclasses.replace(data, system_prompt="\n\n".join([*parts, describe_tools(load_tools(rollout))]))
 
 
 def load_held_out(config: TrainConfig, tokenizer: Any) -> tuple[Example, ...] | None:
