@@ -1,7 +1,7 @@
-"""`python -m jgrpo.export`: turn a run into a PEFT adapter or a merged Hugging Face checkpoint.
+"""`python -m jgrpo.export`: turn a run into a PEFT adapter, a merged Hugging Face checkpoint or a GGUF file.
 
-The run's newest checkpoint is exported; its base model is found and quantized again from the run's `config.yaml`. A merged
-checkpoint is read back and compared with base + adapter before it takes its name: on a few prompts, computed in
+The run's newest checkpoint is exported; its base model is found and quantized again from the run's `config.yaml`. Whatever
+is merged is read back and compared with base + adapter before it takes its name: on a few prompts, computed in
 float32, the root mean square difference of the logits has to stay below `BOUNDS` of their standard deviation.
 """
 
@@ -18,10 +18,13 @@ from jaxtyping import Float, Int
 
 from jgrpo.checkpoints import train_state
 from jgrpo.checkpoints.adapter import export_adapter, load_adapter
-from jgrpo.checkpoints.atomic import check_free
+from jgrpo.checkpoints.atomic import atomic_directory, check_free
+from jgrpo.checkpoints.gguf_file import TYPES as GGUF_TYPES
+from jgrpo.checkpoints.gguf_file import gguf_note, read_gguf, write_gguf
+from jgrpo.checkpoints.gptq import GPTQEncoding
 from jgrpo.checkpoints.hf import load_base, load_model_config, load_tokenizer, resolve_checkpoint
-from jgrpo.checkpoints.merged import export_merged
-from jgrpo.checkpoints.source import stored_dtype
+from jgrpo.checkpoints.merged import export_merged, merged_rows
+from jgrpo.checkpoints.source import read_config, stored_dtype
 from jgrpo.cli import load_config, parse_command, run_command
 from jgrpo.config import LoraConfig, QuantizationConfig, TrainConfig
 from jgrpo.errors import UserError
@@ -30,10 +33,13 @@ from jgrpo.models import ModelConfig, Transformer
 
 __all__ = ["check_merged", "export_adapter", "export_merged", "export_run", "load_adapter", "load_run_adapter"]
 
-BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
+BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1, "gptq": 0.7, "F16": 1e-2, "Q8_0": 0.1, "Q4_0": 0.7}
 """Largest allowed RMS(Δ logit) between a merged model and base + adapter, in standard deviations of the logits. Rounding
-moves a weight by up to 2⁻²⁴, 2⁻¹¹ or 2⁻⁸ of itself; a random 28-layer model showed 2e-6, 3e-3 and 2e-2."""
+moves a weight by up to 2⁻²⁴, 2⁻¹¹ or 2⁻⁸ of itself; a random 28-layer model showed 2e-6, 3e-3 and 2e-2. Four bits move a
+weight by a tenth of a standard deviation (random weights showed 0.3 to 0.4): there `MergeCheck.share` is what catches a
+wrong adapter."""
 
+GGUF_FILE = "model.gguf"
 CHECK_PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "What is 17 + 25? Let's think step by step.")
 
 
@@ -45,13 +51,16 @@ class ExportConfig:
     """Directory of a training run."""
     output: str
     """Directory to write; must not exist yet."""
-    format: Literal["adapter", "merged"] = "adapter"
-    """adapter: PEFT format, loaded on top of the base model; merged: a complete Hugging Face checkpoint."""
+    format: Literal["adapter", "merged", "gptq", "gguf"] = "adapter"
+    """adapter: PEFT format, loaded on top of the base model; merged: a complete Hugging Face checkpoint of 16 or 32 bits;
+    gptq: the same in 4 bits, for vLLM and transformers; gguf: one file for llama.cpp and Ollama."""
     merge_into: Literal["quantized", "original"] = "quantized"
     """quantized: the dequantized base that the adapter was trained on; original: the base's own full-precision weights,
     which the adapter has never seen."""
     merged_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Weights of the merged checkpoint."""
+    """Weights of the merged checkpoint; with gptq, of what stays in 16 bits."""
+    gguf_type: Literal["F16", "Q8_0", "Q4_0"] = "Q8_0"
+    """Matrices of the GGUF file."""
     max_shard_gb: float = 5.0
     """Largest safetensors file of the merged checkpoint, in GB."""
     check: bool = True
@@ -70,11 +79,15 @@ class MergeCheck:
     """Standard deviation of the logits."""
     bound: float
     """Largest allowed `difference`."""
+    share: float
+    """Least-squares factor of the adapter's effect in what merged - base is: 1 if it was merged right, 0 if not at all.
+    Rounding errors, which have no direction, leave it alone even where they outweigh the effect."""
 
     def __str__(self) -> str:
         text = (
             f"merged vs base + adapter: logits differ by {self.difference:.2g} (RMS; bound {self.bound:.2g}), the adapter "
-            f"moves them by {self.effect:.2g}, their standard deviation is {self.deviation:.2g}"
+            f"moves them by {self.effect:.2g}, their standard deviation is {self.deviation:.2g}; the "
+            f"merged model has {self.share:.2f} times the adapter's effect"
         )
         drowned = self.difference > 0.5 * self.effect > 0
         return text + ("; rounding outweighs the adapter: export in a wider dtype" if drowned else "")
@@ -91,18 +104,26 @@ def check_merged(
 ) -> MergeCheck:
     """Compare the checkpoint in `merged` with base + adapter on `CHECK_PROMPTS` (random tokens without a tokenizer).
 
-    `dtype` (of the merged weights) chooses the bound. Raises UserError where the difference exceeds it.
+    `dtype` (of the merged weights; "gptq" or a type of GGUF for those) chooses the bound and how the weights are read
+    back. Raises UserError where the difference exceeds the bound.
     """
+    if dtype in GGUF_TYPES:
+        merged_base = read_gguf(merged / GGUF_FILE, model_config, jax.device_put)
+    else:
+        stored = dtype if dtype in ("float32", "float16", "bfloat16") else "float32"
+        merged_base = load_base(merged, model_config, QuantizationConfig(quantization="none"), stored)
     tokens, lengths = _check_tokens(tokenizer, model_config)
     model = Transformer(model_config, lora_config, jnp.float32)
     expected = _logits(model, base, lora, tokens, lengths)
     without = _logits(model, base, {}, tokens, lengths)
-    merged_base = load_base(merged, model_config, QuantizationConfig(quantization="none"), dtype)
     got = _logits(model, merged_base, {}, tokens, lengths)
     deviation = float(expected.std())
-    check = MergeCheck(_rms(got - expected), _rms(expected - without), deviation, BOUNDS[dtype] * deviation)
-    # Written so that NaN is refused too.
-    if not check.difference <= check.bound:
+    effect = expected - without
+    share = float(np.vdot(got - without, effect) / np.vdot(effect, effect)) if effect.any() else 1.0
+    check = MergeCheck(_rms(got - expected), _rms(effect), deviation, BOUNDS[dtype] * deviation, share)
+    # An effect far below the rounding says nothing about its share. Written so that NaN is refused too.
+    measurable = check.effect > 0.05 * check.difference
+    if not check.difference <= check.bound or (measurable and not abs(share - 1) < 0.5):
         raise UserError(f"merged checkpoint refused, {check}; export in a wider dtype, or the adapter alone")
     return check
 
@@ -171,26 +192,40 @@ def _export_merged_run(
     lora: Params,
     lora_config: LoraConfig,
 ) -> Path:
-    original = settings.merge_into == "original"
+    # The weights of an already quantized checkpoint are the base that the adapter was trained on.
+    original = settings.merge_into == "original" and not read_config(checkpoint).get("quantization_config")
     quantization = QuantizationConfig(quantization="none") if original else config.quantization
     needs_base = settings.check or not original
     base = load_base(checkpoint, model_config, quantization, stored_dtype(checkpoint)) if needs_base else None
+    kind = {"gptq": "gptq", "gguf": settings.gguf_type}.get(settings.format, settings.merged_dtype)
 
     def verify(merged: Path) -> None:
-        assert base is not None
-        tokenizer = load_tokenizer(checkpoint)
-        print(check_merged(merged, base, lora, lora_config, model_config, settings.merged_dtype, tokenizer))
+        if settings.check:
+            assert base is not None
+            tokenizer = load_tokenizer(checkpoint)
+            print(check_merged(merged, base, lora, lora_config, model_config, kind, tokenizer))
 
+    into = None if original else base
+    if settings.format == "gguf":
+        if note := gguf_note(model_config):
+            print(note)
+        rows = merged_rows(checkpoint, into, lora, lora_config)
+        with atomic_directory(settings.output) as directory:
+            write_gguf(directory / GGUF_FILE, checkpoint, rows, model_config, settings.gguf_type)
+            verify(directory)
+        return Path(settings.output)
+    dtype = jnp.dtype(settings.merged_dtype)
     return export_merged(
         settings.output,
         checkpoint,
         lora,
         lora_config,
         model_config,
-        base=None if original else base,
-        dtype=jnp.dtype(settings.merged_dtype),
+        base=into,
+        dtype=dtype,
+        encoding=GPTQEncoding(dtype, config.quantization.group_size) if settings.format == "gptq" else None,
         max_shard_bytes=int(settings.max_shard_gb * 1e9),
-        verify=verify if settings.check else None,
+        verify=verify,
     )
 
 
@@ -200,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ExportConfig,
         argv,
         prog="python -m jgrpo.export",
-        description="Export a run as a PEFT adapter or as a merged Hugging Face checkpoint.",
+        description="Export a run as a PEFT adapter, a merged Hugging Face checkpoint or a GGUF file.",
     )
     print(f"wrote {export_run(settings)}")
     return 0

@@ -91,11 +91,12 @@ def _storages(
 ) -> list[Storage]:
     """The form of every layer of a leaf, or of the one matrix that it is."""
     layers = max((placement.layer or 0) for placement in placed) + 1
-    group_size = leaf_group_size(leaf, model_config, quantization)
-    in_file = [common_storage([tensors[p.name].storage for p in placed if (p.layer or 0) == i]) for i in range(layers)]
     if any(type(tensor) is not Tensor for tensor in tensors.values()):
-        keep = quantization.quantization != "none" and leaf[0] == "layers"
-        return in_file if keep else [DENSE] * layers
+        if quantization.quantization == "none" or leaf[0] != "layers":
+            return [DENSE] * layers
+        of_layer = [[tensors[p.name].storage for p in placed if (p.layer or 0) == i] for i in range(layers)]
+        return [common_storage(storages) for storages in of_layer]
+    group_size = leaf_group_size(leaf, model_config, quantization)
     return [DENSE if group_size is None else Storage("int4", group_size, scale_dtype=SCALE_DTYPE)] * layers
 
 

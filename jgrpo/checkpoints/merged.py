@@ -45,6 +45,31 @@ _COPIED = (
 _BLOCK_BYTES = 8 * 2**20
 
 
+class Encoding:
+    """How tensors are stored: as they are, in one dtype."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+
+    def specs(self, placement: Placement) -> list[TensorSpec]:
+        """The stored tensors of one tensor, in the order in which they are written."""
+        return [TensorSpec(placement.name, placement.shape, self.dtype)]
+
+    def write(self, writer: SafetensorsWriter, placement: Placement, rows: Rows) -> None:
+        """Write those tensors."""
+        for start, stop in blocks_of(placement):
+            writer.write(rows(placement, start, stop).astype(self.dtype))
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` says about it."""
+        return {"dtype": self.dtype.name}
+
+
+def blocks_of(placement: Placement) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks of rows of a few megabytes in float32."""
+    return row_blocks(placement.shape[0], 4 * math.prod(placement.shape[1:]), _BLOCK_BYTES)
+
+
 def export_merged(
     out: str | Path,
     checkpoint: str | Path,
@@ -54,25 +79,34 @@ def export_merged(
     *,
     base: Params | None = None,
     dtype: Any = jnp.bfloat16,
+    encoding: Encoding | None = None,
     max_shard_bytes: int = 5 * 10**9,
     verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint in `dtype` to the directory `out`, with config, generation config and tokenizer of `checkpoint`.
 
-    `base` is the pytree to merge into; None merges into the weights of `checkpoint`. `verify` gets the finished
-    directory before it takes the name `out`, and refuses it by raising. Raises UserError if `out` is taken or the disk is
-    full; then nothing of it is left.
+    `base` is the pytree to merge into; None merges into the weights of `checkpoint`. An `encoding` other than the plain one
+    (`jgrpo.checkpoints.gptq`) decides how matrices are stored. `verify` gets the finished directory before it takes the
+    name `out`, and refuses it by raising. Raises UserError if `out` is taken or the disk is full; then nothing of it is
+    left.
     """
     source = resolve_checkpoint(checkpoint)
-    rows = _checkpoint_rows(source) if base is None else _base_rows(base)
+    encoding = encoding or Encoding(np.dtype(dtype))
+    rows = merged_rows(source, base, lora, lora_config)
     ordered = [placement for placed in placements(model_config).values() for placement in placed]
     with atomic_directory(out) as directory:
-        _check_space(directory, ordered, np.dtype(dtype))
-        _write_shards(directory, ordered, _merge(rows, lora, lora_config.scale), np.dtype(dtype), max_shard_bytes)
-        _copy_files(source, directory, np.dtype(dtype))
+        needed = sum(spec.nbytes for placement in ordered for spec in encoding.specs(placement))
+        check_space(directory, needed)
+        _write_shards(directory, ordered, rows, encoding, max_shard_bytes)
+        _copy_files(source, directory, encoding)
         if verify is not None:
             verify(directory)
     return Path(out)
+
+
+def merged_rows(source: Path, base: Params | None, lora: Params, lora_config: LoraConfig) -> Rows:
+    """Rows of base + adapter in float32; the base is a pytree, or the weights of the checkpoint `source`."""
+    return _merge(_checkpoint_rows(source) if base is None else _base_rows(base), lora, lora_config.scale)
 
 
 def _merge(rows: Rows, lora: Params, scale: float) -> Rows:
@@ -120,8 +154,8 @@ def _base_rows(base: Params) -> Rows:
     return rows
 
 
-def _check_space(directory: Path, ordered: list[Placement], dtype: np.dtype) -> None:
-    needed = sum(spec.nbytes for spec in _specs(ordered, dtype))
+def check_space(directory: Path, needed: int) -> None:
+    """UserError unless the disk of `directory` has room for `needed` bytes."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
@@ -130,43 +164,49 @@ def _check_space(directory: Path, ordered: list[Placement], dtype: np.dtype) -> 
         )
 
 
-def _specs(ordered: list[Placement], dtype: np.dtype) -> list[TensorSpec]:
-    return [TensorSpec(placement.name, placement.shape, dtype) for placement in ordered]
-
-
-def _write_shards(directory: Path, ordered: list[Placement], rows: Rows, dtype: np.dtype, max_shard_bytes: int) -> None:
-    shards = list(_split(ordered, dtype, max_shard_bytes))
+def _write_shards(
+    directory: Path, ordered: list[Placement], rows: Rows, encoding: Encoding, max_shard_bytes: int
+) -> None:
+    shards = list(_split(ordered, encoding, max_shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else names
+    weight_map, total = {}, 0
     for name, shard in zip(names, shards, strict=True):
-        with SafetensorsWriter(directory / name, _specs(shard, dtype)) as writer:
+        specs = [spec for placement in shard for spec in encoding.specs(placement)]
+        weight_map |= {spec.name: name for spec in specs}
+        total += sum(spec.nbytes for spec in specs)
+        with SafetensorsWriter(directory / name, specs) as writer:
             for placement in shard:
-                for start, stop in row_blocks(placement.shape[0], 4 * math.prod(placement.shape[1:]), _BLOCK_BYTES):
-                    writer.write(rows(placement, start, stop).astype(dtype))
+                encoding.write(writer, placement, rows)
     if len(shards) > 1:
-        weight_map = {p.name: name for name, shard in zip(names, shards, strict=True) for p in shard}
-        total = sum(spec.nbytes for spec in _specs(ordered, dtype))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(ordered: list[Placement], dtype: np.dtype, max_shard_bytes: int) -> Iterator[list[Placement]]:
+def _split(ordered: list[Placement], encoding: Encoding, max_shard_bytes: int) -> Iterator[list[Placement]]:
     """Consecutive runs of tensors of at most `max_shard_bytes` (a larger tensor is a shard of its own)."""
     shard: list[Placement] = []
     size = 0
-    for placement, spec in zip(ordered, _specs(ordered, dtype), strict=True):
-        if shard and size + spec.nbytes > max_shard_bytes:
+    for placement in ordered:
+        nbytes = sum(spec.nbytes for spec in encoding.specs(placement))
+        if shard and size + nbytes > max_shard_bytes:
             yield shard
             shard, size = [], 0
         shard.append(placement)
-        size += spec.nbytes
+        size += nbytes
     yield shard
 
 
-def _copy_files(source: Path, directory: Path, dtype: np.dtype) -> None:
+def _copy_files(source: Path, directory: Path, encoding: Encoding) -> None:
     config = {key: value for key, value in read_config(source).items() if key != "quantization_config"}
+    config |= encoding.config()
     # transformers 5 writes `dtype`; where the original has transformers 4's name, its readers look for that.
-    config |= {"dtype": dtype.name} | ({"torch_dtype": dtype.name} if "torch_dtype" in config else {})
+    config |= {"torch_dtype": config["dtype"]} if "torch_dtype" in config else {}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}):
+    for file in side_files(source):
         shutil.copyfile(file, directory / file.name)
+
+
+def side_files(source: Path) -> list[Path]:
+    """Generation config, tokenizer and licence of a checkpoint."""
+    return sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()})

@@ -13,6 +13,7 @@ from jgrpo.quantization.weights import (
     dequantize,
     pack_nibbles,
     take_layer,
+    unpack_nibbles,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "quantize",
     "quantize_int8",
     "take_layer",
+    "unpack_nibbles",
 ]

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int8, UInt8
@@ -34,6 +35,7 @@ __all__ = [
     "dequantize",
     "pack_nibbles",
     "take_layer",
+    "unpack_nibbles",
 ]
 
 
@@ -140,3 +142,11 @@ def pack_nibbles(nibbles: UInt8[Any, "*L K"], group_size: int) -> UInt8[Any, "*L
     groups = nibbles.reshape(*nibbles.shape[:-1], -1, group_size)
     low, high = groups[..., : group_size // 2], groups[..., group_size // 2 :]
     return (low | (high << 4)).reshape(*nibbles.shape[:-1], -1)
+
+
+def unpack_nibbles(packed: UInt8[Any, "*L K/2"], group_size: int) -> UInt8[Any, "*L K"]:
+    """The inverse of `pack_nibbles`."""
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    groups = packed.reshape(*packed.shape[:-1], -1, group_size // 2)
+    nibbles = xp.concatenate([groups & 0xF, groups >> 4], axis=-1)
+    return nibbles.reshape(*packed.shape[:-1], -1)

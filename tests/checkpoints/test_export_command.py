@@ -75,6 +75,16 @@ def test_merged_is_checked_and_loads(run, tmp_path, capsys):
     assert model.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("flags", "file"), [(["gptq"], "model.safetensors"), (["gguf", "--gguf-type", "F16"], "model.gguf")]
+)
+def test_four_bits_and_gguf_are_checked(run, tmp_path, capsys, flags, file):
+    directory, _ = run
+    main(["--run", str(directory), "--output", str(tmp_path / "out"), "--format", *flags])
+    assert "merged vs base + adapter: logits differ by" in capsys.readouterr().out
+    assert (tmp_path / "out" / file).is_file()
+
+
 def test_merging_into_the_original_equals_peft(run, pristine, tmp_path):
     directory, _ = run
     flags = ["--format", "merged", "--merge-into", "original", "--merged-dtype", "float32"]
@@ -111,7 +121,8 @@ def _with_doubled_scale():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format", "gguf"], "gguf"),
+        (["--format", "onnx"], "onnx"),
+        (["--format", "gguf", "--gguf-type", "Q2_K"], "Q2_K"),
         (["--max-shard-gb", "0"], "--max-shard-gb is 0"),
         (["--output", "TAKEN"], "not empty"),
         (["--run", "TAKEN"], r"no config\.yaml"),

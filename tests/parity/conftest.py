@@ -64,9 +64,9 @@ def llama(tmp_path_factory) -> Case:
     return build_case("llama", tmp_path_factory)
 
 
-def build_case(name: str, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def build_case(name: str, tmp_path_factory: pytest.TempPathFactory, **more: Any) -> Case:
     family, overrides = CASES[name]
-    path = make_checkpoint(tmp_path_factory.mktemp(name), family, **overrides)
+    path = make_checkpoint(tmp_path_factory.mktemp(name), family, **overrides, **more)
     config = load_model_config(path)
     return Case(path, config, load_base(path, config, UNQUANTIZED, jnp.float32), load_theirs(path))
 

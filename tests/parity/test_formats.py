@@ -117,7 +117,7 @@ def test_mixed_stacks_decode_and_train_like_dense_ones(format_name, tmp_path):
 
 
 def test_merging_into_a_quantized_checkpoint_gives_an_ordinary_one(tmp_path):
-    path, values = make(tmp_path, "nf4-double", skip=SKIP)
+    path, _ = make(tmp_path, "nf4-double", skip=SKIP)
     config = load_model_config(path)
     base, lora = load_base(path, config, AS_STORED), random_adapter(config, LORA)
     out = export_merged(tmp_path / "merged", path, lora, LORA, config, base=base, dtype=jnp.float32)
