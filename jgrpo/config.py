@@ -131,10 +131,23 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """The policy-gradient objective (docs/algorithms.md)."""
+    """What a batch of completions is trained with (docs/algorithms.md)."""
 
+    algorithm: Literal["grpo", "rloo", "online_dpo", "ppo"] = "grpo"
+    """grpo: policy gradient with the estimator and loss below; rloo: the same with its own baseline and the KL in the reward;
+    online_dpo: preference of each group's best completion over its worst; ppo: advantages from a value head on the base."""
     beta: float = 0.0
-    """Weight of the KL term against the base model (adapter off); 0: no reference forward at all."""
+    """Weight of the KL term against the reference policy; 0: no reference forward at all."""
+    kl_in_reward: bool = False
+    """Take beta times the completion's KL off its reward, instead of adding a KL term to the loss; always in rloo and ppo."""
+    kl_target: float | None = None
+    """Mean KL of a token that beta is adapted to; null: beta stays."""
+    kl_horizon: int = 10000
+    """Completions after which an adapted beta has followed its error once."""
+    reference_adapter: str | None = None
+    """PEFT directory of the reference policy's adapter; null: the base model, adapter off."""
+    reference_sync_steps: int = 0
+    """Steps after which the trained adapter is copied into the reference; 0: never."""
     epsilon: float = 0.2
     """Lower clip bound of the ratio: 1 - epsilon. gmpo: bound of the log-ratio instead (0.4 in its paper)."""
     epsilon_high: float | None = None
@@ -142,7 +155,7 @@ class AlgorithmConfig:
     delta: float | None = None
     """Cap of the ratio where the advantage is negative, above 1 + epsilon_high (two-sided clip); null: no cap."""
     advantage_estimator: Literal[
-        "grpo", "gdpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "pass_at_k"
+        "grpo", "gdpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo", "pass_at_k"
     ] = "grpo"
     """How the rewards of a group become advantages; scale_rewards belongs to grpo."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -173,6 +186,14 @@ class AlgorithmConfig:
     """Multiply the KL term by the ratio."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    entropy_target: float | None = None
+    """Mean entropy of a token below which the bonus acts and grows from step to step; null: entropy_coef stays."""
+    entropy_coef_step: float = 0.005
+    """Growth of an adapted entropy_coef."""
+    entropy_coef_max: float = 0.05
+    """Upper bound of an adapted entropy_coef."""
+    top_entropy_quantile: float = 1.0
+    """Fraction of the batch's tokens, those of highest entropy, that the policy's loss is taken over; 1: all."""
     sampler_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
     """Importance weights between the trainer's and the sampler's log-probabilities: truncated (TIS) or masked (MIS)."""
     sampler_correction_min: float = 0.5
@@ -183,6 +204,22 @@ class AlgorithmConfig:
     """Leave out completions with a negative advantage that drifted further than this in mean log-probability; null: off."""
     filter_zero_variance: bool = False
     """Leave groups with equal rewards out of the loss and of its averages."""
+    max_generation_batches: int = 1
+    """Rollouts of one step at most: groups with equal rewards make way for those of further rollouts (DAPO); 1: one rollout."""
+    overlong_buffer: int = 0
+    """Tokens before max_completion_length over which the reward falls by 1 (DAPO's soft overlong penalty); 0: it does not."""
+    preference_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """online_dpo's loss of a pair."""
+    preference_beta: float = 0.1
+    """online_dpo's weight of the reference: the margin's factor (sigmoid), or half the inverse of its goal (ipo)."""
+    gae_gamma: float = 1.0
+    """ppo: discount of rewards."""
+    gae_lambda: float = 0.95
+    """ppo: decay of the advantage estimator, from one step (0) to whole completions (1)."""
+    value_coef: float = 0.1
+    """ppo: weight of the value loss."""
+    value_clip: float = 0.2
+    """ppo: change of a value within one batch that its loss still rewards."""
     num_iterations: int = 1
     """Passes over one rollout batch (mu of the GRPO paper)."""
     num_minibatches: int = 1
@@ -225,8 +262,8 @@ class TrainingConfig:
     """Completions in one forward and backward; divides the completions of a minibatch."""
     remat: bool = True
     """Recompute each layer in the backward instead of keeping its activations."""
-    logprob_chunk: int = 4096
-    """Positions whose logits exist at the same time in the training forward."""
+    logprob_workspace: float = 256.0
+    """MB that logits and their gradient may take in the training forward: it bounds how many positions have them at once."""
     max_nonfinite_steps: int = 5
     """Abort after this many updates in a row with a non-finite loss or gradient."""
 
@@ -330,8 +367,8 @@ class SftTrainingConfig:
     """Rows in one forward and backward; divides rows_per_step."""
     remat: bool = True
     """Recompute each layer in the backward instead of keeping its activations."""
-    logprob_chunk: int = 4096
-    """Positions whose logits exist at the same time."""
+    logprob_workspace: float = 256.0
+    """MB that logits and their gradient may take: it bounds how many positions have them at once."""
     max_nonfinite_steps: int = 5
     """Abort after this many updates in a row with a non-finite loss or gradient."""
 

@@ -71,7 +71,7 @@ RANGES = (
         "above 0",
         lambda v: v > 0,
         "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout "
-        "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_chunk max_nonfinite_steps "
+        "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_workspace max_nonfinite_steps "
         "max_grad_norm keep_last eval_prompts max_length rows_per_step microbatch_rows max_turns",
     ),
     Range(
@@ -148,7 +148,7 @@ def check_rewards(config: TrainConfig) -> None:
 RESUME_MAY_CHANGE = frozenset(
     {"output_dir", "resume", "save_every", "keep_last", "eval_every", "eval_prompts", "eval_temperature"}
     | {"eval_dataset", "log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
-    | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "logprob_chunk"}
+    | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "logprob_workspace"}
 )
 
 

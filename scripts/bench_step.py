@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-length", type=int, default=256, help="prompt tokens P (default %(default)s)")
     parser.add_argument("--max-completion-length", type=int, default=512, help="new tokens C (default %(default)s)")
     parser.add_argument("--microbatch-size", type=int, default=8, help="rows a microbatch (default %(default)s)")
-    parser.add_argument("--logprob-chunk", type=int, default=4096, help="positions with logits (default %(default)s)")
+    parser.add_argument("--logprob-workspace", type=float, default=256.0, help="MB of logits (default %(default)s)")
     parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight; above 0: with a reference forward")
     parser.add_argument("--lora-rank", type=int, default=32, help="rank R (default %(default)s)")
@@ -73,7 +73,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             prompts_per_step=args.prompts,
             microbatch_size=args.microbatch_size,
             remat=not args.no_remat,
-            logprob_chunk=args.logprob_chunk,
+            logprob_workspace=args.logprob_workspace,
         ),
     )
 

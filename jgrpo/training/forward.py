@@ -100,6 +100,17 @@ def token_logprobs(
     )
 
 
+CHUNK_MULTIPLE = 64
+"""Chunks are multiples of this many positions, where the workspace has room for one: whole tiles of a matrix product."""
+
+
+def logprob_chunk(model: Transformer, workspace: float) -> int:
+    """Positions whose logits `[n, V]` (float32) and their gradient (compute dtype) take at most `workspace` MB; at least 1."""
+    position = model.config.vocab_size * (4 + jnp.dtype(model.dtype).itemsize)
+    fitting = max(int(workspace * 1e6 / position), 1)
+    return fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE or fitting
+
+
 def head_logprobs(
     model: Transformer,
     variables: Mapping[str, Any],

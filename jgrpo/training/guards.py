@@ -16,7 +16,7 @@ from jgrpo.algorithms.masked import masked_mean
 from jgrpo.config import TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.rollout import Rollout
-from jgrpo.training.forward import rows_of, token_logprobs
+from jgrpo.training.forward import logprob_chunk, rows_of, token_logprobs
 from jgrpo.training.policy import Policy
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -94,7 +94,7 @@ def check_first_rollout(policy: Policy, lora: Mapping[str, Any], rollout: Rollou
         rollout.policy_mask.reshape(-1, length)[: training.microbatch_size],
         model=policy.model,
         temperature=config.rollout.temperature,
-        chunk=training.logprob_chunk,
+        chunk=logprob_chunk(policy.model, training.logprob_workspace),
     )
     check_same_policy(policy.dtype, *(float(gap) for gap in gaps))
 

@@ -27,6 +27,7 @@ from jgrpo.errors import UserError
 from jgrpo.lora import init_lora
 from jgrpo.reporting import FRESH, make_reporter, memory_metrics
 from jgrpo.training.experience import host_metrics
+from jgrpo.training.forward import logprob_chunk
 from jgrpo.training.guards import StopSignals, check_finite
 from jgrpo.training.loop import Stopped
 from jgrpo.training.optimizer import make_optimizer
@@ -136,7 +137,7 @@ class SupervisedRun:
             model=self.policy.model,
             optimizer=self.optimizer,
             remat=config.training.remat,
-            chunk=config.training.logprob_chunk,
+            chunk=logprob_chunk(self.policy.model, config.training.logprob_workspace),
         )
         self.state = self.state.replace(cursor=jnp.asarray(cursor, jnp.int32))
         values = host_metrics(metrics)
@@ -196,7 +197,7 @@ class SupervisedRun:
                 self.policy.base,
                 part,
                 model=self.policy.model,
-                chunk=self.config.training.logprob_chunk,
+                chunk=logprob_chunk(self.policy.model, self.config.training.logprob_workspace),
             )
             total, count = total + float(sums[0]), count + int(sums[1])
         return {"eval_loss": total / count, "time/evaluation": time.perf_counter() - began}

@@ -5,7 +5,8 @@ optimizer steps (the PPO loop); an optimizer step accumulates the gradient of th
 
 - The old policy is the policy before the first optimizer step. In that step ℓ_old = sg(ℓ), so the ratio is 1 exactly;
   later ones use log-probabilities stored beforehand. With one optimizer step a batch no such forward is made.
-- The reference is the same `base` with `lora = {}`: no copy, one forward before the updates, only if beta > 0.
+- The reference is the same `base` with `state.reference` as its adapter, `{}` unless another one was asked for: no copy of
+  the base, one forward before the updates, only if beta > 0.
 - The loss is Σ weights · per-token loss, with weights from the whole optimizer batch: microbatches slice them, so the
   split cannot change the gradient.
 - An update with a non-finite loss or gradient, or with no token in its loss, is skipped inside the program:
@@ -31,10 +32,11 @@ from jgrpo.algorithms import (
     policy_loss,
     policy_metrics,
 )
+from jgrpo.algorithms.masks import top_entropy_mask
 from jgrpo.config import TrainConfig
 from jgrpo.models import Transformer
 from jgrpo.rollout import FINISH_STOP
-from jgrpo.training.forward import Rows, rows_of, token_logprobs
+from jgrpo.training.forward import Rows, logprob_chunk, rows_of, token_logprobs
 from jgrpo.training.state import Batch, TrainState
 
 Params = Mapping[str, Any]
@@ -52,7 +54,8 @@ class Slices(struct.PyTreeNode):
         weights: of each token in the loss, from the whole minibatch.
         sampler_logprobs: the same policy's as the sampler computed them (`Rollout.policy_logprobs`).
         old_logprobs: policy before the first update; None if there is one update only.
-        ref_logprobs: base model; None if beta is 0.
+        ref_logprobs: reference policy; None if beta is 0.
+        token_mask: tokens in the policy term, chosen among the whole batch; None: all.
     """
 
     rows: Rows
@@ -62,6 +65,7 @@ class Slices(struct.PyTreeNode):
     sampler_logprobs: Float[Array, "S M B C"]
     old_logprobs: Float[Array, "S M B C"] | None = None
     ref_logprobs: Float[Array, "S M B C"] | None = None
+    token_mask: Bool[Array, "S M B C"] | None = None
 
 
 @partial(jax.jit, static_argnames=("model", "optimizer", "config", "objective"), donate_argnames=("state",))
@@ -82,8 +86,7 @@ def grpo_step(
         base: frozen weights; differentiating through them raises TypeError.
         batch: Q divisible by `num_minibatches`, the rows of a minibatch by `microbatch_size`.
         model, optimizer, config: static. Of the config, `algorithm`, `temperature`, `lora_dropout`,
-            `microbatch_size`, `remat` and `logprob_chunk` are read.
-
+            `microbatch_size`, `remat` and `logprob_workspace` are read.
         objective: what to minimise; None: `objective_from_config(config.algorithm)`. Static.
 
     Returns:
@@ -95,27 +98,32 @@ def grpo_step(
         ValueError: the batch does not divide.
     """
     objective = objective or objective_from_config(config.algorithm)
-    forward = partial(_forward, model, frozen(base), config)
-    updates = config.algorithm.num_iterations * config.algorithm.num_minibatches
+    forward = partial(policy_forward, model, frozen(base), config)
     slices = slice_batch(batch, objective, config.algorithm.num_minibatches, config.training.microbatch_size)
-    if updates > 1:
-        slices = slices.replace(old_logprobs=_map_slices(slices.rows, lambda rows: forward(state.lora, rows)[0]))
+    updates = config.algorithm.num_iterations * config.algorithm.num_minibatches
+    if updates > 1 or objective.top_entropy < 1:
+        old, entropy = map_slices(slices.rows, partial(forward, state.lora))
+        slices = slices.replace(old_logprobs=old if updates > 1 else None)
+        if objective.top_entropy < 1:
+            slices = slices.replace(token_mask=top_entropy_mask(entropy, slices.mask, fraction=objective.top_entropy))
     if objective.needs_reference:
-        slices = slices.replace(ref_logprobs=_map_slices(slices.rows, lambda rows: forward({}, rows)[0]))
+        slices = slices.replace(ref_logprobs=map_slices(slices.rows, partial(forward, state.reference))[0])
+    loss = partial(_microbatch_loss, forward=forward, objective=objective, **_adapted(state, objective))
     dropout = dropout_key_of(state) if model.lora.lora_dropout > 0 else None
-    update = partial(_update, slices=slices, forward=forward, optimizer=optimizer, objective=objective, dropout=dropout)
-    start = (state.lora, state.opt_state, state.nonfinite)
-    (lora, opt_state, nonfinite), records = jax.lax.scan(update, start, jnp.arange(updates))
+    trained, records = run_updates(state, state.lora, slices, loss, optimizer, updates, dropout)
     metrics = {
-        "loss": records["loss"].mean(),
-        "grad_norm": records["grad_norm"].mean(),
-        "updates/skipped": records["skipped"].sum(),
+        **update_metrics(trained, records),
         **policy_metrics(records["terms"], records["mask"]),
         **completion_metrics(batch.rollout.completion_lengths, batch.rollout.finish == FINISH_STOP),
     }
-    if (rate := used_learning_rate(opt_state)) is not None:
-        metrics["learning_rate"] = rate
+    lora, opt_state, nonfinite = trained
     return state.replace(step=state.step + 1, lora=lora, opt_state=opt_state, nonfinite=nonfinite), metrics
+
+
+def _adapted(state: TrainState, objective: Objective) -> dict[str, Array]:
+    """Coefficients of the loss that controllers keep in the state, as arguments of `policy_loss`."""
+    names = ("beta", "entropy_coef") if objective.needs_reference else ("entropy_coef",)
+    return {name: state.coefficients[name] for name in names if name in state.coefficients}
 
 
 @jax.custom_jvp
@@ -153,17 +161,17 @@ def slice_batch(batch: Batch, objective: Objective, minibatches: int, size: int)
     return jax.tree.map(lambda array: array.reshape(minibatches, rows // size, size, *array.shape[1:]), whole)
 
 
-def _map_slices(rows: Rows, function: Any) -> Float[Array, "S M B C"]:
-    """`function` on one microbatch after the other."""
+def map_slices(rows: Rows, function: Any) -> Any:
+    """`function` on one microbatch after the other; its arrays `[B, …]` become `[S, M, B, …]`."""
     lead = rows.prompt_lengths.shape[:2]
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
-    values = jax.lax.map(function, flat)
-    return values.reshape(*lead, *values.shape[1:])
+    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), jax.lax.map(function, flat))
 
 
-def _forward(
+def policy_forward(
     model: Transformer, base: Params, config: TrainConfig, lora: Params, rows: Rows, dropout_key: Array | None = None
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """`token_logprobs` with the run's settings."""
     training = config.training
     return token_logprobs(
         model,
@@ -172,20 +180,40 @@ def _forward(
         rows,
         temperature=config.rollout.temperature,
         remat=training.remat,
-        chunk=training.logprob_chunk,
+        chunk=logprob_chunk(model, training.logprob_workspace),
         dropout_key=dropout_key,
     )
 
 
-def _update(
-    carry: Any, index: Array, *, slices: Slices, forward: Any, optimizer: Any, objective: Objective, dropout: Any
-):
+def run_updates(
+    state: TrainState, params: Params, slices: Any, loss: Any, optimizer: Any, updates: int, dropout: Array | None
+) -> tuple[Any, Any]:
+    """`updates` optimizer steps on one minibatch of `slices` after the other, over and over.
+
+    `loss(params, microbatch, index, *, is_first, key) -> (scalar, terms)`. Returns (params, opt_state, nonfinite) and, for
+    every update, its loss, grad_norm, skipped, terms `[updates, M, B, …]` and mask.
+    """
+    update = partial(_update, slices=slices, loss=loss, optimizer=optimizer, dropout=dropout)
+    return jax.lax.scan(update, (params, state.opt_state, state.nonfinite), jnp.arange(updates))
+
+
+def update_metrics(trained: Any, records: Any) -> Metrics:
+    """loss and grad_norm (means over the updates), `updates/skipped` and the learning rate."""
+    metrics = {
+        "loss": records["loss"].mean(),
+        "grad_norm": records["grad_norm"].mean(),
+        "updates/skipped": records["skipped"].sum(),
+    }
+    if (rate := used_learning_rate(trained[1])) is not None:
+        metrics["learning_rate"] = rate
+    return metrics
+
+
+def _update(carry: Any, index: Array, *, slices: Any, loss: Any, optimizer: Any, dropout: Array | None):
     """One optimizer step on minibatch `index % S`: accumulate, clip, update, or skip."""
-    lora = carry[0]
     minibatch = jax.tree.map(lambda a: a[index % slices.mask.shape[0]], slices)
     key = None if dropout is None else jax.random.fold_in(dropout, index)
-    loss = partial(_microbatch_loss, forward=forward, objective=objective, is_first=index == 0, key=key)
-    total, grads, terms = accumulate(loss, lora, minibatch)
+    total, grads, terms = accumulate(partial(loss, is_first=index == 0, key=key), carry[0], minibatch)
     carry, record = guarded_update(carry, total, grads, jnp.any(minibatch.weights > 0), optimizer)
     return carry, {"loss": total, **record, "terms": terms, "mask": minibatch.mask}
 
@@ -226,7 +254,15 @@ def accumulate(loss: Any, lora: Params, minibatch: Any) -> tuple[Float[Array, ""
 
 
 def _microbatch_loss(
-    lora: Params, part: Slices, index: Array, *, forward: Any, objective: Objective, is_first: Array, key: Array | None
+    lora: Params,
+    part: Slices,
+    index: Array,
+    *,
+    forward: Any,
+    objective: Objective,
+    is_first: Array,
+    key: Array | None,
+    **coefficients: Array,
 ) -> tuple[Float[Array, ""], Any]:
     dropout_key = None if key is None else jax.random.fold_in(key, index)
     logprobs, entropy = forward(lora, part.rows, dropout_key)
@@ -243,6 +279,8 @@ def _microbatch_loss(
         ref_logprobs=part.ref_logprobs,
         sampler_logprobs=part.sampler_logprobs,
         entropy=entropy,
+        token_mask=part.token_mask,
+        **coefficients,
     )
 
 

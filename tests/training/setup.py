@@ -32,7 +32,6 @@ def settings(**values: Any) -> TrainConfig:
         "max_completion_length": COMPLETION,
         "prompts_per_step": QUESTIONS,
         "microbatch_size": QUESTIONS * GENERATIONS,
-        "logprob_chunk": 64,
         "learning_rate": 1e-2,
         "lora_rank": LORA.lora_rank,
         "lora_alpha": LORA.lora_alpha,

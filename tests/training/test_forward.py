@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgrpo.training.forward import packed_tokens, rows_of
+from jgrpo.training.forward import logprob_chunk, packed_tokens, rows_of
 from tests.training.setup import (
     EOS,
     GENERATIONS,
@@ -108,6 +108,17 @@ def test_remat_and_chunks_change_nothing():
     plain, thrifty = gradient(remat=False, chunk=10_000), gradient(remat=True, chunk=GENERATIONS)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(thrifty), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [(jnp.float32, 8), (jnp.bfloat16, 6)])
+def test_workspace_bounds_the_bytes_of_a_chunk(dtype, bytes_each):
+    model = dataclasses.replace(MODEL, dtype=dtype)
+    for workspace in (0.003, 0.1, 1.0, 256.0):
+        chunk = logprob_chunk(model, workspace)
+        assert chunk * model.config.vocab_size * bytes_each <= workspace * 1e6
+        # Nothing is left over but the rounding to whole tiles.
+        assert (chunk + (64 if chunk >= 64 else 1)) * model.config.vocab_size * bytes_each > workspace * 1e6
+    assert logprob_chunk(model, 1e-9) == 1
 
 
 def test_dropout_is_drawn_from_its_key():

@@ -169,12 +169,14 @@ def test_custom_objective():
 
 
 CHUNK = 8
+WORKSPACE = CHUNK * MODEL_CONFIG.vocab_size * (4 + 4) / 1e6
+"""MB of logits and their gradient in float32."""
 
 
 @cache
 def compiled(beta):
     """The step's program; with beta > 0 it has a reference."""
-    config = settings(beta=beta, microbatch_size=4, logprob_chunk=CHUNK)
+    config = settings(beta=beta, microbatch_size=4, logprob_workspace=WORKSPACE)
     before, optimizer = state(trained_lora(), config)
     return grpo_step.lower(before, tiny_base(), batch(), model=MODEL, optimizer=optimizer, config=config).compile()
 
