@@ -32,13 +32,20 @@ class ModelSettings:
 class QuantizationConfig:
     """How the frozen base weights are stored."""
 
-    quantization: Literal["int4", "none"] = "int4"
-    """int4: symmetric, group-wise along the input axis; none: the compute dtype."""
+    quantization: Literal["int4", "dynamic", "none"] = "int4"
+    """int4: symmetric, group-wise along the input axis; dynamic: int4, except for the matrices that lose most by it, which
+    get 8 or 16 bits within dynamic_budget; none: the compute dtype. A checkpoint that is already quantized keeps its
+    own form with int4 and dynamic."""
     group_size: Literal[32, 64, 128] = 64
     """Input elements that share one scale."""
     skip_modules: tuple[str, ...] = ("lm_head", "embed_tokens")
     """Modules that stay unquantized (Hugging Face leaf names). q, k and v are stored as one matrix, and
     so are gate and up: naming one keeps its partners unquantized too."""
+    dynamic_budget: float = 0.1
+    """Memory that dynamic may add, as a part of what int4 takes for the whole model."""
+    wide_matrices: tuple[str, ...] = ()
+    """dynamic's choice, in the form "LAYER.MATRIX=int8" or "LAYER.MATRIX=dense" (3.down=int8). A run fills it in and saves it,
+    so that whatever loads the base later finds the same one; empty: choose."""
 
 
 @dataclass(frozen=True)

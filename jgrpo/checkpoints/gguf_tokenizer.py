@@ -17,7 +17,6 @@ _SPLITS = {
     _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
     r"\p{N}": "smollm",
-    r"\p{N}{1,3}": "deepseek-llm",
     None: "gpt-2",
 }
 """Pattern of the tokenizer's split and llama.cpp's name of it; None: byte-level's own pattern only."""

@@ -29,13 +29,12 @@ from jgrpo.checkpoints.storage import DENSE, Storage, allocate_leaf, common_stor
 from jgrpo.checkpoints.tokenizer import eos_ids, load_tokenizer
 from jgrpo.config import LINEAR_MODULES, QuantizationConfig
 from jgrpo.errors import UserError
-from jgrpo.lora import module_shapes, own_modules
+from jgrpo.lora import matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig
 
 __all__ = ["eos_ids", "load_base", "load_model_config", "load_tokenizer", "resolve_checkpoint"]
 
 Params: TypeAlias = dict[str, Any]
-LayerForms: TypeAlias = Mapping[tuple[Leaf, int], Storage]
 
 SCALE_DTYPE = "bfloat16"
 """Of the int4 scales, whatever the compute dtype: an adapter trained on a GPU in bfloat16 finds the same quantized
@@ -55,14 +54,13 @@ def load_base(
     dtype: Any = jnp.float32,
     *,
     put: Callable[[np.ndarray], jax.Array] = jax.device_put,
-    forms: LayerForms | None = None,
 ) -> Params:
     """The frozen base pytree (`jgrpo.models.base_shapes`) of a local directory, a hub id or "demo".
 
     Matrices become `Int4Weight` unless `quantization` says "none" or skips them; everything else has `dtype`.
-    `put` moves one finished host array to the device; `forms` overrides the form of single layers of an unquantized
-    checkpoint. Raises UserError naming the file or tensor that is missing, damaged, of the wrong shape, or not divisible
-    by the group size.
+    `put` moves one finished host array to the device. "dynamic" widens what `wide_matrices` names
+    (`jgrpo.checkpoints.dynamic.resolve_quantization` chooses them). Raises UserError naming the file or tensor that is
+    missing, damaged, of the wrong shape, or not divisible by the group size.
     """
     directory = resolve_checkpoint(path)
     index = tensor_index(directory)
@@ -71,8 +69,6 @@ def load_base(
     tensors = readers(index, plan, scheme)
     check_unknown(index, {name for tensor in tensors.values() for name in tensor.names}, model_config, directory)
     storages = {leaf: _storages(leaf, placed, tensors, model_config, quantization) for leaf, placed in plan.items()}
-    for (leaf, layer), storage in (forms or {}).items():
-        storages[leaf][layer] = storage
     base: Params = {"layers": {}}
     for leaf, shape in leaf_shapes(model_config).items():
         parent = base["layers"] if leaf[0] == "layers" else base
@@ -97,7 +93,28 @@ def _storages(
         of_layer = [[tensors[p.name].storage for p in placed if (p.layer or 0) == i] for i in range(layers)]
         return [common_storage(storages) for storages in of_layer]
     group_size = leaf_group_size(leaf, model_config, quantization)
-    return [DENSE if group_size is None else Storage("int4", group_size, scale_dtype=SCALE_DTYPE)] * layers
+    storages = [DENSE if group_size is None else Storage("int4", group_size, scale_dtype=SCALE_DTYPE)] * layers
+    if quantization.quantization == "dynamic" and group_size is not None:
+        for layer, code in _wide_layers(leaf, model_config, quantization).items():
+            storages[layer] = DENSE if code == "dense" else Storage("int8", group_size, scale_dtype=SCALE_DTYPE)
+    return storages
+
+
+def _wide_layers(leaf: Leaf, model_config: ModelConfig, quantization: QuantizationConfig) -> dict[int, str]:
+    """{layer: "int8" or "dense"} of the entries of `wide_matrices` that name this leaf."""
+    known = {
+        f"{layer}.{matrix}={code}": (matrix, layer, code)
+        for layer in range(model_config.num_layers)
+        for matrix in matrix_modules(model_config)
+        for code in ("int8", "dense")
+    }
+    if unknown := [entry for entry in quantization.wide_matrices if entry not in known]:
+        raise UserError(
+            f"wide_matrices: {unknown[0]!r} names no matrix of this model, expected LAYER.MATRIX=int8 or =dense with a layer "
+            f"below {model_config.num_layers} and one of {', '.join(matrix_modules(model_config))}"
+        )
+    entries = [known[entry] for entry in quantization.wide_matrices]
+    return {layer: code for matrix, layer, code in entries if matrix == leaf[-1]}
 
 
 def _fill(host: Any, placed: list[Placement], tensors: Mapping[str, Tensor]) -> None:

@@ -40,6 +40,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
+Observe = Callable[[str, Array], None]
+"""(name of a matrix, its input): told of every linear layer while a layer is traced."""
+
+
+LAYER_INPUT = "layer_input"
+"""What remat keeps of a layer, by its name for checkpoint policies."""
+OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 def rms_norm(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float, offset: float = 0.0
@@ -105,6 +117,28 @@ class Transformer(nn.Module):
         body = jax.checkpoint(body, prevent_cse=False) if remat else body
         x, _ = jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))
         return self._norm(x, base["final_norm"])
+
+    @nn.compact
+    def input_moments(self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> dict[str, Float[Array, "L K"]]:
+        """Mean square of every input of every linear layer, over the tokens of the rows: what rounding errors meet."""
+        base = self._base()
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        real = (positions < lengths[:, None])[..., None]
+
+        def body(x: Array, layer: Array) -> tuple[Array, dict[str, Array]]:
+            moments: dict[str, Array] = {}
+
+            def observe(name: str, x: Array) -> None:
+                moments[name] = jnp.where(real, jnp.square(x.astype(jnp.float32)), 0).sum((0, 1)) / real.sum()
+
+            def attend(qkv: Array) -> tuple[Array, None]:
+                q, k, v = self._heads(qkv, positions, base["layers"], layer)
+                return self._attention(q, k, v, lengths, layer), None
+
+            x, _ = self._layer(x, base["layers"], layer, {}, attend, observe=observe)
+            return x, moments
+
+        return jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))[1]
 
     @nn.compact
     def prefill(
@@ -195,9 +229,10 @@ class Transformer(nn.Module):
         adapter: dict[str, tuple[Array, Array]],
         attend: Attend,
         dropout_key: Array | None = None,
+        observe: Observe | None = None,
     ) -> tuple[Array, Any]:
         """x + attention(norm x), then x + mlp(norm x), with x `[…, D]`."""
-        linear = _Linear(weights, layer, adapter, self.lora.lora_dropout, dropout_key)
+        linear = _Linear(weights, layer, adapter, self.lora.lora_dropout, dropout_key, observe)
 
         h = self._norm(x, weights["input_norm"], layer)
         attended, kept = attend(linear("qkv", h))
@@ -311,11 +346,20 @@ class _Linear:
     """The linear layers of one layer: base matrix, bias and adapter behind one name."""
 
     def __init__(
-        self, weights: Any, layer: int | Array, adapter: dict[str, tuple[Array, Array]], rate: float, key: Array | None
+        self,
+        weights: Any,
+        layer: int | Array,
+        adapter: dict[str, tuple[Array, Array]],
+        rate: float,
+        key: Array | None,
+        observe: Observe | None = None,
     ) -> None:
         self.weights, self.layer, self.adapter, self.rate, self.key = weights, layer, adapter, rate, key
+        self.observe = observe
 
     def __call__(self, name: str, x: Array) -> Array:
+        if self.observe is not None:
+            self.observe(name, x)
         weight, adapter = self.weights[name], self.adapter.get(name)
         if adapter is not None and self.key is not None:
             y = matmul(x, weight, self.layer)
