@@ -267,8 +267,12 @@ class TrainingConfig:
     """Prompts Q of one rollout batch; Q · num_generations completions."""
     microbatch_size: int = 8
     """Completions in one forward and backward; divides the completions of a minibatch."""
+    share_prompt: bool = True
+    """Compute a prompt once for its completions in a microbatch, in training too."""
     remat: bool = True
     """Recompute each layer in the backward instead of keeping its activations."""
+    offload: bool = False
+    """Keep the layers' inputs, which remat needs, in pinned host memory between forward and backward."""
     logprob_workspace: float = 256.0
     """MB that logits and their gradient may take in the training forward: it bounds how many positions have them at once."""
     max_nonfinite_steps: int = 5

@@ -27,6 +27,8 @@ def validate(config: TrainConfig) -> None:
     check_batch(config)
     check_modules(config)
     check_rewards(config)
+    if config.training.offload and not config.training.remat:
+        raise UserError("--offload moves what --remat keeps, and remat is false: set --remat, or leave --offload out.")
     if config.rollout.tools and config.rollout.environment is not None:
         raise UserError(
             f"--tools and --environment are both given: the environment {config.rollout.environment!r} answers every turn, "
@@ -148,7 +150,8 @@ def check_rewards(config: TrainConfig) -> None:
 RESUME_MAY_CHANGE = frozenset(
     {"output_dir", "resume", "save_every", "keep_last", "eval_every", "eval_prompts", "eval_temperature"}
     | {"eval_dataset", "log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
-    | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "logprob_workspace"}
+    | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "offload", "share_prompt"}
+    | {"logprob_workspace"}
 )
 
 

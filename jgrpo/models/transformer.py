@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 import pallas_kernels
@@ -29,11 +30,21 @@ from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
+from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import MixedWeight, Weight, embed, matmul
 
 Attend = Callable[[Array], tuple[Array, Any]]
 """q, k and v of one layer as projected -> (attention output, whatever the caller keeps of k and v)."""
 
+
+LAYER_INPUT = "layer_input"
+"""What remat keeps of a layer, by its name for checkpoint policies."""
+OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -89,32 +100,37 @@ class Transformer(nn.Module):
         lengths: Int[Array, " B"],
         *,
         segments: Int[Array, "B T"] | None = None,
+        shared: SharedPrompt | None = None,
         remat: bool = False,
+        offload: bool = False,
         dropout: bool = False,
     ) -> Float[Array, "B T D"]:
         """Final hidden states (normed) of right-padded rows, each starting at position 0.
 
         `segments` numbers the sequences packed into a row, neighbours differently: none sees another, and each starts at
-        position 0. `remat` recomputes each layer in the backward; `dropout` draws the adapter's mask from the rng
-        "dropout".
+        position 0. With `shared`, tokens and result are `[Q, P + G·C]` (a prompt, its completions) and `lengths` those of
+        the Q·G rows (prompt and completion) for which the result holds. `remat` recomputes each layer in the backward from
+        its input, which `offload` keeps in pinned host memory; `dropout` draws the adapter's mask from the rng "dropout".
         """
         base, lora = self._base(), self._lora()
-        self._check_positions(tokens.shape[1])
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if segments is not None:
-            positions = positions_in_segments(segments)
+        positions = self._positions(tokens, segments, shared)
         key = self.make_rng("dropout") if dropout and self.lora.lora_dropout > 0 else None
 
         def body(x: Array, layer: Array) -> tuple[Array, None]:
             def attend(qkv: Array) -> tuple[Array, None]:
-                q, k, v = self._heads(qkv, positions, base["layers"], layer)
-                return self._attention(q, k, v, lengths, layer, segments), None
+                heads = self._heads(qkv, positions, base["layers"], layer)
+                if shared is None:
+                    return self._attention(*heads, lengths, layer, segments), None
+                return shared.sequences(self._attention(*map(shared.rows, heads), lengths, layer)), None
 
+            x = checkpoint_name(x, LAYER_INPUT)
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
             return self._layer(x, base["layers"], layer, adapter, attend, layer_key)
 
-        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        if remat:
+            policy = OFFLOAD_LAYER_INPUTS if offload else jax.checkpoint_policies.nothing_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x, _ = jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))
         return self._norm(x, base["final_norm"])
 
@@ -318,6 +334,16 @@ class Transformer(nn.Module):
         local = jnp.asarray([window is not None for window in cfg.windows], jnp.int32)[layer]
         freqs, factors = zip(*tables, strict=True)
         return jnp.asarray(freqs)[local], jnp.asarray(factors)[local]
+
+    def _positions(self, tokens: Array, segments: Array | None, shared: SharedPrompt | None) -> Array:
+        """Where each token stands in its sequence."""
+        length = tokens.shape[1]
+        self._check_positions(length if shared is None else shared.width + shared.completion_length(length))
+        if shared is not None:
+            return shared.positions(length)
+        if segments is not None:
+            return positions_in_segments(segments)
+        return jnp.broadcast_to(jnp.arange(length), tokens.shape)
 
     def _check_positions(self, positions: int) -> None:
         for rope in (self.config.rope, self.config.local_rope or self.config.rope):

@@ -1,7 +1,12 @@
 """Log-probabilities of sampled completions under a policy, with gradients, never `[B, T, V]`.
 
-Rows are packed contiguously (prompt, then completion, then padding), which is what the `Transformer` takes. The
-hidden states at the positions that predict completion tokens are gathered before the head is applied, so prompt
+Rows are packed contiguously (prompt, then completion, then padding), which is what the `Transformer` takes. Where several
+rows have one prompt, they may be one sequence instead (`group`; `jgrpo.models.shared_prompt`): P + G·C positions of linear
+layers and saved activations rather than G·(P + C), and the same function, loss and gradient. The one exception is LoRA
+dropout: its mask is drawn for each position computed, so the completions of a prompt share the prompt's mask, where
+separate rows draw G of them; each completion by itself sees the same distribution either way.
+
+The hidden states at the positions that predict completion tokens are gathered before the head is applied, so prompt
 and padding cost no vocabulary work, and the head runs over `chunk` positions at a time.
 
 The policy is softmax(logits / temperature) over the whole vocabulary, as in TRL and verl, also where top-k, top-p or
@@ -9,6 +14,7 @@ min-p truncate the sampler: `Rollout.policy_logprobs` is the sampler's number fo
 difference), so the two agree to rounding under any sampling settings.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import pallas_kernels
 from jgrpo.models import Transformer
+from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Rollout
 
@@ -29,6 +36,17 @@ class Rows(struct.PyTreeNode):
     prompt_lengths: Int[Array, " B"]
     completion_tokens: Int[Array, "B C"]
     completion_mask: Bool[Array, "B C"]
+    num_generations: int = struct.field(pytree_node=False, default=1)
+    """Rows next to each other that continue one prompt; a slice that starts at a multiple of it may end inside a group."""
+
+    @property
+    def prompt_group(self) -> int:
+        """Rows for which a forward can compute the prompt once: gcd(rows, G).
+
+        Groups of that size cross neither a question nor a microbatch: a microbatch of whole groups computes each prompt
+        once, one that is a part of a group once for the part.
+        """
+        return math.gcd(self.prompt_lengths.shape[0], self.num_generations)
 
 
 def rows_of(rollout: Rollout) -> Rows:
@@ -39,6 +57,7 @@ def rows_of(rollout: Rollout) -> Rows:
         prompt_lengths=jnp.repeat(rollout.prompt_lengths, num_generations, axis=0),
         completion_tokens=rollout.completion_tokens.reshape(-1, length),
         completion_mask=rollout.completion_mask.reshape(-1, length),
+        num_generations=num_generations,
     )
 
 
@@ -62,6 +81,23 @@ def completion_hidden(hidden: Float[Array, "B T D"], rows: Rows) -> Float[Array,
     return hidden.at[row, predicting].get(unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
 
 
+def grouped_tokens(rows: Rows, shared: SharedPrompt) -> tuple[Int[Array, "Q S"], Int[Array, " B"]]:
+    """Each prompt with its completions behind it, S = P + G·C, and the length of each row."""
+    completions = rows.completion_tokens.reshape(-1, shared.group * rows.completion_tokens.shape[1])
+    lengths = rows.prompt_lengths + rows.completion_mask.sum(axis=1, dtype=jnp.int32)
+    return jnp.concatenate([rows.prompt_tokens[:: shared.group], completions], axis=1), lengths
+
+
+def grouped_hidden(hidden: Float[Array, "Q S D"], shared: SharedPrompt) -> Float[Array, "B C D"]:
+    """`completion_hidden` of sequences: the prompt's last token predicts the first of every completion."""
+    questions, positions, width = hidden.shape
+    length = shared.completion_length(positions)
+    completions = hidden[:, shared.width :].reshape(questions, shared.group, length, width)
+    last = jnp.take_along_axis(hidden, shared.prompt_lengths[:, None, None] - 1, axis=1, mode="promise_in_bounds")
+    first = jnp.broadcast_to(last[:, None], (questions, shared.group, 1, width))
+    return jnp.concatenate([first, completions[:, :, :-1]], axis=2).reshape(-1, length, width)
+
+
 def token_logprobs(
     model: Transformer,
     base: Mapping[str, Any],
@@ -70,7 +106,9 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     remat: bool = True,
+    offload: bool = False,
     chunk: int = 4096,
+    group: int = 1,
     dropout_key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """log π(token) and the entropy of π at every completion token, float32, 0 outside the mask.
@@ -82,17 +120,21 @@ def token_logprobs(
         rows: see `rows_of`.
         temperature: divides the logits, as in the sampler.
         remat: recompute each layer in the backward.
+        offload: keep what remat needs of each layer, its input, in pinned host memory.
         chunk: positions whose logits exist at the same time.
+        group: so many rows after each other have the same prompt, which is computed once for them (`Rows.prompt_group`).
         dropout_key: draws the adapter's dropout; None: no dropout.
     """
-    tokens, lengths = packed_tokens(rows)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    shared = None if group == 1 else SharedPrompt(rows.prompt_lengths[::group], rows.prompt_tokens.shape[1], group)
+    tokens, lengths = packed_tokens(rows) if shared is None else grouped_tokens(rows, shared)
     variables = {"params": base, "lora": lora}
-    hidden: Any = model.apply(variables, tokens, lengths, remat=remat, dropout=dropout_key is not None, rngs=rngs)
+    how = dict(remat=remat, offload=offload, dropout=dropout_key is not None)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden: Any = model.apply(variables, tokens, lengths, shared=shared, rngs=rngs, **how)
     return head_logprobs(
         model,
         variables,
-        completion_hidden(hidden, rows),
+        completion_hidden(hidden, rows) if shared is None else grouped_hidden(hidden, shared),
         rows.completion_tokens,
         rows.completion_mask,
         temperature=temperature,

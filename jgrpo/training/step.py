@@ -86,7 +86,7 @@ def grpo_step(
         base: frozen weights; differentiating through them raises TypeError.
         batch: Q divisible by `num_minibatches`, the rows of a minibatch by `microbatch_size`.
         model, optimizer, config: static. Of the config, `algorithm`, `temperature`, `lora_dropout`,
-            `microbatch_size`, `remat` and `logprob_workspace` are read.
+            `microbatch_size`, `share_prompt`, `remat`, `offload` and `logprob_workspace` are read.
         objective: what to minimise; None: `objective_from_config(config.algorithm)`. Static.
 
     Returns:
@@ -180,6 +180,8 @@ def policy_forward(
         rows,
         temperature=config.rollout.temperature,
         remat=training.remat,
+        offload=training.offload,
+        group=rows.prompt_group if training.share_prompt else 1,
         chunk=logprob_chunk(model, training.logprob_workspace),
         dropout_key=dropout_key,
     )
