@@ -128,7 +128,9 @@ def train(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """The supervised run."""
     model = Transformer(config)
     base = init_base(jax.random.key(args.seed), config)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, 100, args.batches, 1e-5)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, min(100, args.batches // 10), args.batches, 1e-5
+    )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
     state = optimizer.init(base)
 
