@@ -4,10 +4,16 @@ The rows of a group share their prompt's keys and values, so a kernel reads them
 G * H/K rows. The softmax runs over prompt and suffix together; where they are computed apart they are merged in float32.
 """
 
+from typing import TypeAlias
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch, reference
+from pallas_kernels import cache_codes, dispatch, reference
+
+Scales: TypeAlias = tuple[
+    Float[Array, "L Q K P"], Float[Array, "L Q K P"], Float[Array, "L Q G K C"], Float[Array, "L Q G K C"]
+]
 
 
 def decode_attention(
@@ -23,6 +29,7 @@ def decode_attention(
     scale: float,
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
+    scales: Scales | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "Q G H Hd"]:
     """softmax(scale * q K^T) V over the prompt slots < prompt_lengths and the suffix slots < length.
@@ -35,28 +42,37 @@ def decode_attention(
         prompt_lengths + length - 1. None: everything before is visible. A traced window (layers that differ) always
         takes the reference.
       softcap: c makes the scores c * tanh(score / c), the factor `scale` included (Gemma 2); always the reference.
+      scales: of keys and values in 8 bits (`cache_codes.py`): the prompts' keys, the prompts' values, keys, values.
       implementation: "reference", "triton", or None for the rule in `dispatch.py`.
 
     Raises:
       ValueError: shapes do not fit, or the named implementation cannot run here.
     """
     _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v)
+    _check_scales((prompt_k, prompt_v, k, v), scales)
     layer, length = (i if isinstance(i, int) else jnp.asarray(i, jnp.int32) for i in (layer, length))
     device, head_dim = dispatch.current_device(), q.shape[-1]
     static_window = window is None or isinstance(window, int)
     chosen = dispatch.resolve(
         "decode_attention",
         implementation,
-        dispatch.decode_attention_rule(device, q.dtype, head_dim, static_window, softcap),
-        dispatch.decode_attention_problem(device, q.dtype, head_dim, static_window, softcap),
+        dispatch.decode_attention_rule(device, q.dtype, head_dim, static_window, softcap, k.dtype),
+        dispatch.decode_attention_problem(device, q.dtype, head_dim, static_window, softcap, k.dtype),
     )
     if chosen == dispatch.TRITON:
         from pallas_kernels.decode_attention_triton import decode_attention as fused
 
-        return fused(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window)
+        return fused(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, scales)
     return reference.decode_attention(
-        q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, softcap
+        q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, softcap, scales
     )
+
+
+def _check_scales(caches, scales) -> None:
+    want = [cache.shape[:-1] for cache in caches] if cache_codes.is_coded(caches[0].dtype) else None
+    got = None if scales is None else [part.shape for part in scales]
+    if want != got:
+        raise ValueError(f"decode_attention: a cache of {caches[0].dtype} wants scales {want}, got {got}")
 
 
 def _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v) -> None:

@@ -26,9 +26,23 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, start, end, first_visible, scale_log2, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+    q,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    start,
+    end,
+    first_visible,
+    scale_log2,
+    CODED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Online softmax of q [ROWS, D] over the slots [start, end) that are >= first_visible; base 2, float32.
+
+    CODED: keys and values are codes, which become values by the scale of their slot.
 
     Every block holds at least one visible slot, because the caller starts at the block of `first_visible`.
     """
@@ -42,12 +56,19 @@ def _attend(
         used = slot + slots < end
         k = tl.load(k_ptr + slot * D + offsets, mask=used[:, None], other=0.0)
         v = tl.load(v_ptr + slot * D + offsets, mask=used[:, None], other=0.0)
+        if CODED:
+            k = k.to(q.dtype)
+            v = v.to(q.dtype)
         scores = tl.dot(q, tl.trans(k)) * scale_log2
+        if CODED:
+            scores *= tl.load(k_scale_ptr + slot + slots, mask=used, other=0.0)[None, :]
         scores = tl.where((used & (slot + slots >= first_visible))[None, :], scores, float("-inf"))
         highest_now = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - highest_now[:, None])
         correction = tl.exp2(highest - highest_now)
         total = total * correction + tl.sum(weights, axis=1)
+        if CODED:
+            weights *= tl.load(v_scale_ptr + slot + slots, mask=used, other=0.0)[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None])
         highest = highest_now
     return highest, total, acc
@@ -68,6 +89,9 @@ def _attend_and_store(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    slots_base,
     stats_ptr,
     values_ptr,
     query,
@@ -77,15 +101,33 @@ def _attend_and_store(
     end,
     first_visible,
     scale_log2,
+    CODED: tl.constexpr,
     SPLITS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attention of the query rows `query` (where `valid`) over slots [start, end), into part `split` of the outputs."""
+    """Attention of the query rows `query` (where `valid`) over slots [start, end), into part `split` of the outputs.
+
+    `slots_base` is the number of slots in front of these in the stacks of keys, values and scales.
+    """
     depth = tl.arange(0, D)
     q = tl.load(q_ptr + query[:, None] * D + depth[None, :], mask=valid[:, None], other=0.0)
-    highest, total, acc = _attend(q, k_ptr, v_ptr, start, end, first_visible, scale_log2, D, BLOCK, STAGES)
+    highest, total, acc = _attend(
+        q,
+        k_ptr + slots_base * D,
+        v_ptr + slots_base * D,
+        k_scale_ptr + slots_base,
+        v_scale_ptr + slots_base,
+        start,
+        end,
+        first_visible,
+        scale_log2,
+        CODED,
+        D,
+        BLOCK,
+        STAGES,
+    )
     slot = query * SPLITS + split
     tl.store(stats_ptr + slot * 2, highest, mask=valid)
     tl.store(stats_ptr + slot * 2 + 1, total, mask=valid)
@@ -103,6 +145,10 @@ def decode_attention_kernel(
     v_ptr,
     length_ptr,
     layer_ptr,
+    prompt_k_scale_ptr,
+    prompt_v_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     stats_ptr,
     values_ptr,
     scale_log2: tl.constexpr,
@@ -114,6 +160,7 @@ def decode_attention_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
     WINDOW: tl.constexpr,
+    CODED: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     LENGTH_IS_POINTER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -142,11 +189,14 @@ def decode_attention_kernel(
         query = (question * G + prompt_row // SHARE) * H + head * SHARE + prompt_row % SHARE
         first_visible = tl.maximum(prompt_length + length - WINDOW, 0) if WINDOW > 0 else 0
         start, end = _part(first_visible, prompt_length, split, PROMPT_SPLITS, BLOCK)
-        base = layer * tl.full((), Q * KV * P * D, tl.int64) + (question * KV + head) * tl.full((), P * D, tl.int64)
+        base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
         _attend_and_store(
             q_ptr,
-            prompt_k_ptr + base,
-            prompt_v_ptr + base,
+            prompt_k_ptr,
+            prompt_v_ptr,
+            prompt_k_scale_ptr,
+            prompt_v_scale_ptr,
+            base,
             stats_ptr,
             values_ptr,
             query,
@@ -156,6 +206,7 @@ def decode_attention_kernel(
             end,
             first_visible,
             scale_log2,
+            CODED,
             SPLITS,
             D,
             BLOCK,
@@ -170,12 +221,15 @@ def decode_attention_kernel(
         suffix_row = tile * 16 + tl.arange(0, 16)
         first_visible = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
         start, end = _part(first_visible, length, split, SUFFIX_SPLITS, BLOCK)
-        base = layer * tl.full((), Q * G * KV * C * D, tl.int64)
-        base += (generation * KV + head) * tl.full((), C * D, tl.int64)
+        base = layer * tl.full((), Q * G * KV * C, tl.int64)
+        base += (generation * KV + head) * tl.full((), C, tl.int64)
         _attend_and_store(
             q_ptr,
-            k_ptr + base,
-            v_ptr + base,
+            k_ptr,
+            v_ptr,
+            k_scale_ptr,
+            v_scale_ptr,
+            base,
             stats_ptr,
             values_ptr,
             generation * H + head * SHARE + suffix_row,
@@ -185,6 +239,7 @@ def decode_attention_kernel(
             end,
             first_visible,
             scale_log2,
+            CODED,
             SPLITS,
             D,
             BLOCK,
@@ -208,7 +263,9 @@ def merge_kernel(stats_ptr, values_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.con
     tl.store(out_ptr + row * D + depth, out.to(out_ptr.dtype.element_ty))
 
 
-def kernel_constants(q, prompt_k, k, scale: float, window: int | None, config: tuning.AttentionConfig) -> dict:
+def kernel_constants(
+    q, prompt_k, k, scale: float, window: int | None, config: tuning.AttentionConfig, coded: bool = False
+) -> dict:
     """The kernel's shape and block parameters, shared by the GPU launch and the interpreter's tests."""
     (questions, generations, heads, head_dim), kv_heads = q.shape, k.shape[3]
     rows = generations * heads // kv_heads
@@ -222,6 +279,7 @@ def kernel_constants(q, prompt_k, k, scale: float, window: int | None, config: t
         "C": k.shape[4],
         "D": head_dim,
         "WINDOW": window or 0,
+        "CODED": coded,
         "ROWS": min(config.prompt_rows, max(16, triton.next_power_of_2(rows))),
         "BLOCK": config.block_slots,
         "PROMPT_SPLITS": config.prompt_splits,
@@ -250,6 +308,7 @@ def decode_attention(
     layer,
     scale,
     window,
+    scales=None,
     config: tuning.AttentionConfig | None = None,
 ):
     """Launch the two kernels; the arguments are those of `pallas_kernels.decode_attention`."""
@@ -259,7 +318,7 @@ def decode_attention(
     kv_heads = k.shape[3]
     sizes = (questions * generations * kv_heads, questions * kv_heads, head_dim, heads // kv_heads)
     config = config or tuning.attention_config(*sizes)
-    constants = kernel_constants(q, prompt_k, k, scale, window, config)
+    constants = kernel_constants(q, prompt_k, k, scale, window, config, coded=scales is not None)
     rows, splits = questions * generations * heads, config.prompt_splits + config.suffix_splits
     stats, values = triton_call(
         q,
@@ -270,6 +329,7 @@ def decode_attention(
         v,
         length,
         layer,
+        *(scales or (prompt_lengths,) * 4),  # pointers that the kernel doesn't follow
         kernel=decode_attention_kernel,
         out_shape=[
             jax.ShapeDtypeStruct((rows, splits, 2), jnp.float32),

@@ -86,13 +86,11 @@ def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int, code: st
 
 
 def decode_attention_problem(
-    device: Device, dtype, head_dim: int, static_window: bool = True, softcap: float | None = None
+    device: Device, dtype, head_dim: int, static_window: bool = True, softcap: float | None = None, cache_dtype=None
 ) -> str | None:
-    """Why the decode-attention kernel cannot run this shape; None when it can."""
-    if problem := _triton_problem(device, dtype):
+    """Why the decode-attention kernel cannot run this shape; None when it can. The cache has `dtype` unless it says otherwise."""
+    if problem := rope_and_cache_problem(device, dtype, head_dim, cache_dtype):
         return problem
-    if head_dim not in ATTENTION_HEAD_DIMS:
-        return f"head_dim must be one of {ATTENTION_HEAD_DIMS}, got {head_dim}"
     if not static_window:
         return "the window must be a Python int, got a traced array"
     if softcap is not None:
@@ -101,18 +99,22 @@ def decode_attention_problem(
 
 
 def decode_attention_rule(
-    device: Device, dtype, head_dim: int, static_window: bool = True, softcap: float | None = None
+    device: Device, dtype, head_dim: int, static_window: bool = True, softcap: float | None = None, cache_dtype=None
 ) -> str:
     """The kernel wherever it can run: plain XLA reads the whole cache and copies it out of its stack."""
-    return REFERENCE if decode_attention_problem(device, dtype, head_dim, static_window, softcap) else TRITON
+    problem = decode_attention_problem(device, dtype, head_dim, static_window, softcap, cache_dtype)
+    return REFERENCE if problem else TRITON
 
 
-def rope_and_cache_problem(device: Device, dtype, head_dim: int) -> str | None:
+def rope_and_cache_problem(device: Device, dtype, head_dim: int, cache_dtype=None) -> str | None:
     """Why the rotation-and-cache kernel cannot run this shape; None when it can, and then it is faster."""
     if problem := _triton_problem(device, dtype):
         return problem
     if head_dim not in ATTENTION_HEAD_DIMS:
         return f"head_dim must be one of {ATTENTION_HEAD_DIMS}, got {head_dim}"
+    assert device.capability is not None
+    if cache_dtype is not None and jnp.dtype(cache_dtype).name.startswith("float8") and device.capability < (8, 9):
+        return f"a cache of {jnp.dtype(cache_dtype).name} needs compute capability 8.9; int8 does not"
     return None
 
 

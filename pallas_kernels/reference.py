@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import cache_codes, dispatch
 from pallas_kernels.codes import dequantize, group_size
 
 __all__ = ["decode_attention", "dequantize", "einsum_f32", "group_size", "int4_matmul", "layer_weight", "take_layer"]
@@ -62,9 +62,13 @@ def decode_attention(
     scale: float,
     window: int | Int[Array, ""] | None,
     softcap: float | None = None,
+    scales=None,
 ) -> Float[Array, "Q G H Hd"]:
     """One softmax in float32 over the shared prompt and the row's own suffix."""
-    prompt_k, prompt_v, k, v = (take_layer(stack, layer) for stack in (prompt_k, prompt_v, k, v))
+    prompt_k, prompt_v, k, v = (
+        cache_codes.decode(take_layer(stack, layer), None if part is None else take_layer(part, layer), q.dtype)
+        for stack, part in zip((prompt_k, prompt_v, k, v), scales or (None,) * 4, strict=True)
+    )
     (_groups, _, heads, head_dim), kv_heads = q.shape, prompt_k.shape[1]
     grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, head_dim)  # n: query heads of one kv head
     prompt_scores = einsum_f32("qgknd,qkpd->qgknp", grouped, prompt_k)

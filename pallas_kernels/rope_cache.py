@@ -4,33 +4,39 @@ Between the projection and the attention of a decode step stand a norm of each h
 cache: in plain XLA half a dozen kernels that each take longer to start than to run. The caches are updated in place.
 """
 
+from typing import TypeAlias
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import dispatch
+from pallas_kernels import cache_codes, dispatch
+
+Scales: TypeAlias = tuple[Float[Array, "L Q G K C"], Float[Array, "L Q G K C"]]
 
 
 def rope_and_cache(
     qkv: Float[Array, "Q G HKK_Hd"],
     cos: Float[Array, "Q Hd_2"],
     sin: Float[Array, "Q Hd_2"],
-    k: Float[Array, "L Q G K C Hd"],
-    v: Float[Array, "L Q G K C Hd"],
+    k: Shaped[Array, "L Q G K C Hd"],
+    v: Shaped[Array, "L Q G K C Hd"],
     slot: Int[Array, ""] | int,
     *,
     layer: Int[Array, ""] | int,
     norms: tuple[Float[Array, "L Hd"], Float[Array, "L Hd"]] | None = None,
     eps: float = 1e-6,
+    scales: Scales | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "Q G H Hd"], Float[Array, "L Q G K C Hd"], Float[Array, "L Q G K C Hd"]]:
-    """(rotated q, k and v with `slot` of `layer` written).
+) -> tuple[Float[Array, "Q G H Hd"], Shaped[Array, "L Q G K C Hd"], Shaped[Array, "L Q G K C Hd"], Scales | None]:
+    """(rotated q, then k, v and their scales with `slot` of `layer` written).
 
     Args:
       qkv: the heads of q, then k, then v of every row, biases included.
       cos, sin: of the rows' angles, one row of the table for a group; float32.
       k, v: the stacked caches; given up to the result where the caller can (inside a loop, always).
       norms: scales of the RMS norms of q's and k's heads, of which the layer's row is taken; None: no norm.
+      scales: of a cache in 8 bits (`cache_codes.py`): the keys' and the values'; None for other caches.
       implementation: "reference", "triton", or None for the rule in `dispatch.py`.
 
     Raises:
@@ -44,19 +50,21 @@ def rope_and_cache(
             f"rope_and_cache: cache {k.shape} and {v.shape} want qkv {want} and cos, sin {(k.shape[1], head_dim // 2)}, "
             f"got {qkv.shape}, {cos.shape}, {sin.shape}"
         )
+    if (scales is not None) != cache_codes.is_coded(k.dtype) or (scales and scales[0].shape != k.shape[:-1]):
+        raise ValueError(f"rope_and_cache: a cache of {k.dtype}{k.shape} got scales {scales and scales[0].shape}")
     slot, layer = (i if isinstance(i, int) else jnp.asarray(i, jnp.int32) for i in (slot, layer))
-    problem = dispatch.rope_and_cache_problem(dispatch.current_device(), qkv.dtype, head_dim)
+    problem = dispatch.rope_and_cache_problem(dispatch.current_device(), qkv.dtype, head_dim, k.dtype)
     chosen = dispatch.resolve(
         "rope_and_cache", implementation, dispatch.REFERENCE if problem else dispatch.TRITON, problem
     )
     if chosen == dispatch.TRITON:
         from pallas_kernels.rope_cache_triton import rope_and_cache as fused
 
-        return fused(qkv, cos, sin, k, v, slot, layer, norms, eps)
-    return reference(qkv, cos, sin, k, v, slot, layer, norms, eps)
+        return fused(qkv, cos, sin, k, v, slot, layer, norms, eps, scales)
+    return reference(qkv, cos, sin, k, v, slot, layer, norms, eps, scales)
 
 
-def reference(qkv, cos, sin, k, v, slot, layer, norms, eps):
+def reference(qkv, cos, sin, k, v, slot, layer, norms, eps, scales):
     """The jnp twin: rounds to qkv's dtype after the norm and once after the rotation, as the kernel does."""
     kv_heads, head_dim = k.shape[3], k.shape[5]
     parts = qkv.reshape(*qkv.shape[:-1], -1, head_dim)
@@ -64,12 +72,31 @@ def reference(qkv, cos, sin, k, v, slot, layer, norms, eps):
     if norms is not None:
         q_new, k_new = (_norm(x, scale[layer], eps) for x, scale in zip((q_new, k_new), norms, strict=True))
     q_new, k_new = (_rotate(x, cos, sin) for x in (q_new, k_new))
-    at = (layer, 0, 0, 0, slot, 0)
+    k, v, scales = write((k, v), (k_new, v_new), slot, layer, scales)
+    return q_new, k, v, scales
+
+
+def write(
+    caches: tuple[Array, Array],
+    new: tuple[Float[Array, "Q G K Hd"], Float[Array, "Q G K Hd"]],
+    slot: Int[Array, ""] | int,
+    layer: Int[Array, ""] | int,
+    scales: Scales | None,
+) -> tuple[Array, Array, Scales | None]:
+    """(k, v, their scales) with new keys and values in one slot of every row of a layer, in plain XLA."""
+    at = (layer, 0, 0, 0, slot)
+    if scales is not None:
+        codes, fresh = zip(*(cache_codes.encode(part, caches[0].dtype) for part in new), strict=True)
+        new = (codes[0], codes[1])
+        scales = tuple(  # type: ignore[assignment]
+            lax.dynamic_update_slice(stack, part[None, ..., None], at)
+            for stack, part in zip(scales, fresh, strict=True)
+        )
     k, v = (
-        lax.dynamic_update_slice(cache, new[None, :, :, :, None].astype(cache.dtype), at)
-        for cache, new in ((k, k_new), (v, v_new))
+        lax.dynamic_update_slice(stack, part[None, :, :, :, None].astype(stack.dtype), (*at, 0))
+        for stack, part in zip(caches, new, strict=True)
     )
-    return q_new, k, v
+    return k, v, scales
 
 
 def _norm(x, scale, eps):

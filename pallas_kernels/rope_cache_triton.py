@@ -5,8 +5,11 @@ the jnp twin rounds them.
 """
 
 import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
+
+from pallas_kernels import cache_codes
 
 
 @triton.jit
@@ -16,6 +19,8 @@ def rope_and_cache_kernel(
     sin_ptr,
     k_in_ptr,
     v_in_ptr,
+    k_scale_in_ptr,
+    v_scale_in_ptr,
     q_norm_ptr,
     k_norm_ptr,
     slot_ptr,
@@ -23,6 +28,8 @@ def rope_and_cache_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
     H: tl.constexpr,
@@ -31,11 +38,17 @@ def rope_and_cache_kernel(
     D: tl.constexpr,
     EPS: tl.constexpr,
     NORMED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST_SCALE: tl.constexpr,
+    ROUND: tl.constexpr,
     DTYPE: tl.constexpr,
     SLOT_IS_POINTER: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
 ):
-    """`k_ptr` and `v_ptr` are the caches `k_in_ptr` and `v_in_ptr`; programs (row, head) of q's, then k's, then v's heads."""
+    """Programs (row, head) of q's, then k's, then v's heads. The caches that go in are those that come out.
+
+    LARGEST: largest code of a cache in 8 bits; 0: the cache holds values, and there are no scales.
+    """
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -62,14 +75,25 @@ def rope_and_cache_kernel(
         first = rotated
 
     if head < H:
-        target = q_ptr + (row * H + head) * D + depth
-        tl.store(target, first.to(q_ptr.dtype.element_ty))
-        tl.store(target + HALF, second.to(q_ptr.dtype.element_ty))
+        q_target = q_ptr + (row * H + head) * D + depth
+        tl.store(q_target, first.to(q_ptr.dtype.element_ty))
+        tl.store(q_target + HALF, second.to(q_ptr.dtype.element_ty))
     else:
         kv_head = (head - H) % KV
         cache_ptr = k_ptr if head < H + KV else v_ptr
-        offset = layer * tl.full((), ROWS * KV * C * D, tl.int64) + (row * KV + kv_head) * tl.full((), C * D, tl.int64)
-        target = cache_ptr + offset + slot * D + depth
+        position = layer * tl.full((), ROWS * KV * C, tl.int64) + (row * KV + kv_head) * tl.full((), C, tl.int64) + slot
+        if LARGEST > 0:
+            first = first.to(DTYPE).to(tl.float32)
+            second = second.to(DTYPE).to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(first)), tl.max(tl.abs(second)))
+            scale = tl.maximum(largest, SMALLEST_SCALE) / LARGEST
+            tl.store((k_scale_ptr if head < H + KV else v_scale_ptr) + position, scale)
+            first = first / scale
+            second = second / scale
+            if ROUND:
+                first = tl.floor(first + 0.5)
+                second = tl.floor(second + 0.5)
+        target = cache_ptr + position * D + depth
         tl.store(target, first.to(k_ptr.dtype.element_ty))
         tl.store(target + HALF, second.to(k_ptr.dtype.element_ty))
 
@@ -77,6 +101,7 @@ def rope_and_cache_kernel(
 def kernel_constants(qkv, k, eps: float, normed: bool) -> dict:
     """The kernel's shapes, shared by the GPU launch and the interpreter's tests."""
     _, questions, group, kv_heads, slots, head_dim = k.shape
+    name = str(k.dtype).removeprefix("torch.")
     return {
         "G": group,
         "ROWS": questions * group,
@@ -86,6 +111,9 @@ def kernel_constants(qkv, k, eps: float, normed: bool) -> dict:
         "D": head_dim,
         "EPS": eps,
         "NORMED": normed,
+        "LARGEST": cache_codes.LARGEST.get(name, 0.0),
+        "SMALLEST_SCALE": cache_codes.SMALLEST_SCALE,
+        "ROUND": name == "int8",
     }
 
 
@@ -94,7 +122,7 @@ def grid(constants: dict) -> tuple[int, int]:
     return constants["ROWS"], constants["H"] + 2 * constants["KV"]
 
 
-def rope_and_cache(qkv, cos, sin, k, v, slot, layer, norms, eps):
+def rope_and_cache(qkv, cos, sin, k, v, slot, layer, norms, eps, scales):
     """Launch the kernel; the arguments are those of `pallas_kernels.rope_and_cache`."""
     from pallas_kernels.triton_launch import triton_call
 
@@ -102,23 +130,27 @@ def rope_and_cache(qkv, cos, sin, k, v, slot, layer, norms, eps):
     q_norm, k_norm = norms or (cos, cos)  # pointers that the kernel doesn't follow
     rotated = jax.ShapeDtypeStruct((*qkv.shape[:2], constants["H"], constants["D"]), qkv.dtype)
     cache = jax.ShapeDtypeStruct(k.shape, k.dtype)
-    return triton_call(
+    coded = () if scales is None else scales
+    outputs = [rotated, cache, cache, *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in coded)]
+    q, k, v, *scales_out = triton_call(
         qkv,
         cos,
         sin,
         k,
         v,
+        *(coded or (cos, cos)),
         q_norm,
         k_norm,
         slot,
         layer,
         kernel=rope_and_cache_kernel,
-        out_shape=[rotated, cache, cache],
+        out_shape=outputs if coded else [*outputs, *(jax.ShapeDtypeStruct((1,), jnp.float32),) * 2],
         grid=grid(constants),
         num_warps=1,
-        input_output_aliases={3: 1, 4: 2},
+        input_output_aliases={3: 1, 4: 2, **({5: 3, 6: 4} if coded else {})},
         DTYPE={"bfloat16": tl.bfloat16, "float16": tl.float16}[qkv.dtype.name],
         SLOT_IS_POINTER=isinstance(slot, jax.Array),
         LAYER_IS_POINTER=isinstance(layer, jax.Array),
         **constants,
     )
+    return q, k, v, tuple(scales_out) if coded else None

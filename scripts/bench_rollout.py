@@ -20,6 +20,7 @@ to have a run's own. `first_run_s` is the first call, `trace_s` and `compile_s` 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ from jgrpo.config import LINEAR_MODULES, LoraConfig, RolloutConfig
 from jgrpo.lora import init_lora, module_shapes
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, generate
-from jgrpo.rollout.weights import merged_bytes, plan_weights
+from jgrpo.rollout.weights import cache_bytes, merged_bytes, plan_weights
 
 MEASURED = {"H200": (4.3, 790.0)}
 """TB/s of a copy and TFLOP/s of a bfloat16 matmul, as measured on the device of that name."""
@@ -53,7 +54,7 @@ COMPILE_EVENTS = {
 """Names under which JAX reports what making a program took."""
 
 COLUMNS = (
-    *("preset", "weights", "layers", "compaction", "lengths", "sequences", "tokens_per_s", "ms_per_step"),
+    *("preset", "weights", "layers", "compaction", "lengths", "kv", "sequences", "tokens_per_s", "ms_per_step"),
     *("bound_tokens_per_s", "fraction", "peak_gb"),
 )
 
@@ -76,7 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--int4-embeddings", action="store_true", help="embedding and head in int4 too")
     parser.add_argument("--group-size", type=int, default=64, help="int4 group (default %(default)s)")
     parser.add_argument("--lora-rank", type=int, default=32, help="rank R on all linear layers; 0: no adapter")
-    parser.add_argument("--kv", choices=("bfloat16", "float32"), default="bfloat16", help="KV cache; has to be --dtype")
+    parser.add_argument(
+        "--kv", nargs="+", choices=("auto", "int8", "fp8"), default=["auto"], help="kv_cache of the config"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=0)
@@ -90,10 +93,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tflops", type=float, help="TFLOP/s of the bound; default likewise")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one run, times also per step")
-    args = parser.parse_args()
-    if args.kv != args.dtype:
-        parser.error(f"--kv {args.kv}: the cache has the compute dtype, which is {args.dtype}")
-    return args
+    return parser.parse_args()
 
 
 def completion_lengths(args: argparse.Namespace, prompts: int, lengths: str) -> np.ndarray:
@@ -113,6 +113,7 @@ class Case(NamedTuple):
     layers: Literal["auto", "loop", "unrolled"]
     compaction: Literal["on", "off"]
     lengths: Literal["fixed", "lognormal"]
+    kv: Literal["auto", "int8", "fp8"]
 
 
 class Workload:
@@ -138,6 +139,7 @@ class Workload:
             rollout_weights=case.weights,
             decode_layers=case.layers,
             compaction=case.compaction == "on",
+            kv_cache=case.kv,
         )
 
     def measure(self, case: Case) -> dict:
@@ -194,7 +196,7 @@ class Workload:
         config, args = self.config, self.args
         merged = plan_weights(self.model, self.base, self.sampling(case), (case.prompts, args.prompt_len)).merged
         adapter = 0 if merged else adapter_parameters(config, args.lora_rank)
-        kv_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(args.kv).itemsize
+        kv_token = cache_bytes(self.model, dataclasses.replace(self.sampling(case), num_generations=0), (1, 1))
         weights = step_weight_bytes(self.base, merged_bytes(self.model) if merged else None)
         weights += adapter * jnp.dtype(args.dtype).itemsize
         parameters = linear_parameters(config) + config.vocab_size * config.hidden_size + adapter

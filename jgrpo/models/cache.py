@@ -4,10 +4,14 @@ All rows write the same slot at the same step, so a step is one `dynamic_update_
 Slots are minor to heads (`[…, K, T, Hd]`): what one kv head of one row reads is contiguous.
 """
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+
+from pallas_kernels import cache_codes
 
 
 @flax.struct.dataclass
@@ -26,6 +30,10 @@ class KVCache:
     """Values of the completions."""
     length: Int[Array, ""]
     """Completion slots written so far, the same for every row."""
+    prompt_scales: tuple[Float[Array, "L Q K P"], Float[Array, "L Q K P"]] | None = None
+    """Scales of the prompts' keys and values; None where the cache holds no codes."""
+    scales: tuple[Float[Array, "L Q G K C"], Float[Array, "L Q G K C"]] | None = None
+    """Scales of the completions' keys and values; None likewise."""
 
     @classmethod
     def create(
@@ -34,10 +42,26 @@ class KVCache:
         prompt_lengths: Int[Array, " Q"],
         num_generations: int,
         max_completion_length: int,
+        dtype: Any = None,
     ) -> "KVCache":
-        """A cache that holds the prompts and room for `G = num_generations` completions of `C` tokens each."""
+        """A cache that holds the prompts and room for `G = num_generations` completions of `C` tokens each.
+
+        `dtype` int8 or float8_e4m3fn stores 8 bits and a scale for each slot and head (`pallas_kernels.cache_codes`).
+        """
         prompt_k, prompt_v = prompt_kv
+        prompt_scales = scales = None
+        if dtype is not None:
+            (prompt_k, k_scales), (prompt_v, v_scales) = (cache_codes.encode(part, dtype) for part in prompt_kv)
+            prompt_scales = (k_scales, v_scales)
         layers, questions, heads, _, head_dim = prompt_k.shape
         shape = (layers, questions, num_generations, heads, max_completion_length, head_dim)
         empty = jnp.zeros(shape, prompt_k.dtype)
-        return cls(prompt_k, prompt_v, prompt_lengths, empty, jnp.zeros_like(empty), jnp.zeros((), jnp.int32))
+        if prompt_scales is not None:
+            scales = (jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
+        length = jnp.zeros((), jnp.int32)
+        return cls(prompt_k, prompt_v, prompt_lengths, empty, jnp.zeros_like(empty), length, prompt_scales, scales)
+
+    @property
+    def all_scales(self) -> tuple[Array, Array, Array, Array] | None:
+        """The prompts' and the completions' scales, as `pallas_kernels.decode_attention` takes them."""
+        return None if self.prompt_scales is None or self.scales is None else (*self.prompt_scales, *self.scales)

@@ -32,9 +32,13 @@ from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import MixedWeight, Weight, embed, matmul
+from pallas_kernels.rope_cache import write as write_slot
 
 Attend = Callable[[Array], tuple[Array, Any]]
 """q, k and v of one layer as projected -> (attention output, whatever the caller keeps of k and v)."""
+
+Observe = Callable[[str, Array], None]
+"""(name of a matrix, its input): told of every linear layer while a layer is traced."""
 
 
 LAYER_INPUT = "layer_input"
@@ -51,18 +55,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
-Observe = Callable[[str, Array], None]
-"""(name of a matrix, its input): told of every linear layer while a layer is traced."""
-
-
-LAYER_INPUT = "layer_input"
-"""What remat keeps of a layer, by its name for checkpoint policies."""
-OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
-    names_which_can_be_offloaded=[LAYER_INPUT],
-    offload_src="device",
-    offload_dst="pinned_host",
-)
 
 def rms_norm(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float, offset: float = 0.0
@@ -191,38 +183,37 @@ class Transformer(nn.Module):
         adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
         write = self._cache_writer(base["layers"], cache)
 
-        def body(layer: int | Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            x, keys, values = carry
+        def body(layer: int | Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+            x, cache = carry
 
-            def attend(qkv: Array) -> tuple[Array, tuple[Array, Array]]:
-                q, written_k, written_v = write(qkv, keys, values, layer)
+            def attend(qkv: Array) -> tuple[Array, KVCache]:
+                q, written = write(qkv, cache, layer)
                 out = pallas_kernels.decode_attention(
                     q,
-                    cache.prompt_k,
-                    cache.prompt_v,
-                    cache.prompt_lengths,
-                    written_k,
-                    written_v,
-                    cache.length + 1,
+                    written.prompt_k,
+                    written.prompt_v,
+                    written.prompt_lengths,
+                    written.k,
+                    written.v,
+                    written.length + 1,
                     layer=layer,
                     scale=self.config.score_scale,
                     window=self._window(layer),
                     softcap=self.config.attention_softcap,
+                    scales=written.all_scales,
                 )
-                return out, (written_k, written_v)
+                return out, written
 
-            x, (keys, values) = self._layer(x, base["layers"], layer, adapter, attend)
-            return x, keys, values
+            return self._layer(x, base["layers"], layer, adapter, attend)
 
-        carry = (self._embed(base, tokens), cache.k, cache.v)
+        carry = (self._embed(base, tokens), cache)
         if unroll or any(isinstance(weight, tuple | MixedWeight) for weight in base["layers"].values()):
             for layer in range(self.config.num_layers):
                 carry = body(layer, carry)
         else:
             carry = jax.lax.fori_loop(0, self.config.num_layers, body, carry)
-        x, keys, values = carry
-        hidden = self._norm(x, base["final_norm"])
-        return hidden, dataclasses.replace(cache, k=keys, v=values, length=cache.length + 1)
+        x, cache = carry
+        return self._norm(x, base["final_norm"]), dataclasses.replace(cache, length=cache.length + 1)
 
     @nn.compact
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -259,8 +250,8 @@ class Transformer(nn.Module):
         mlp = linear("down", ACTIVATIONS[self.config.activation](gate) * up)
         return x + self._out_norm(mlp, weights, "mlp_out_norm", layer), kept
 
-    def _cache_writer(self, weights: Any, cache: KVCache) -> Callable[..., tuple[Array, Array, Array]]:
-        """(qkv `[Q, G, …]`, keys, values, layer) -> (q rotated, keys and values with slot `cache.length` written).
+    def _cache_writer(self, weights: Any, cache: KVCache) -> Callable[..., tuple[Array, KVCache]]:
+        """(qkv `[Q, G, …]`, cache, layer) -> (q rotated, the cache with slot `cache.length` of the layer written).
 
         One fused operation where it covers the family: heads that are rotated whole, norms without an offset.
         """
@@ -270,21 +261,19 @@ class Transformer(nn.Module):
         fused = all(rope.partial == 1.0 for rope in ropes) and not (norms and self.config.norm_offset)
         tables = rope_tables(positions, *self._rope(0)) if self.config.local_rope is None else None
 
-        def write(qkv: Array, keys: Array, values: Array, layer: int | Array) -> tuple[Array, Array, Array]:
+        def write(qkv: Array, cache: KVCache, layer: int | Array) -> tuple[Array, KVCache]:
+            kv, scales, slot = (cache.k, cache.v), cache.scales, cache.length
             if fused:
                 cos, sin = tables or rope_tables(positions, *self._rope(layer))
                 eps = self.config.rms_norm_eps
-                return pallas_kernels.rope_and_cache(
-                    qkv, cos, sin, keys, values, cache.length, layer=layer, norms=norms, eps=eps
+                q, *written = pallas_kernels.rope_and_cache(
+                    qkv, cos, sin, *kv, slot, layer=layer, norms=norms, eps=eps, scales=scales
                 )
-            rows = jnp.broadcast_to(positions[:, None], qkv.shape[:2])
-            q, *kv = self._heads(qkv, rows, weights, layer)
-            slot = (layer, 0, 0, 0, cache.length, 0)
-            keys, values = (
-                jax.lax.dynamic_update_slice(stack, new[None, :, :, :, None].astype(stack.dtype), slot)
-                for stack, new in zip((keys, values), kv, strict=True)
-            )
-            return q, keys, values
+            else:
+                rows = jnp.broadcast_to(positions[:, None], qkv.shape[:2])
+                q, *new = self._heads(qkv, rows, weights, layer)
+                written = write_slot(kv, (new[0], new[1]), slot, layer, scales)
+            return q, dataclasses.replace(cache, **dict(zip(("k", "v", "scales"), written, strict=True)))
 
         return write
 

@@ -112,28 +112,32 @@ def shrink(stage: Stage, taken: np.ndarray, batch_rows: int) -> Stage:
     valid, index = jnp.asarray(taken >= 0), jnp.asarray(np.maximum(taken, 0), jnp.int32)
     # A question's first row is always taken, or the question is filled up.
     owner = index[:, 0] // group
+    prompts, suffixes = (functools.partial(_consume, index=which) for which in (owner, index))
     cache = KVCache(
-        prompt_k=_consume(state.cache.prompt_k, owner, rows=False),
-        prompt_v=_consume(state.cache.prompt_v, owner, rows=False),
+        prompt_k=prompts(state.cache.prompt_k),
+        prompt_v=prompts(state.cache.prompt_v),
         prompt_lengths=state.cache.prompt_lengths[owner],
-        k=_consume(state.cache.k, index, rows=True),
-        v=_consume(state.cache.v, index, rows=True),
+        k=suffixes(state.cache.k),
+        v=suffixes(state.cache.v),
         length=state.cache.length,
+        prompt_scales=jax.tree.map(prompts, state.cache.prompt_scales),
+        scales=jax.tree.map(suffixes, state.cache.scales),
     )
     return _take_rest(stage, cache, index, valid, batch_rows)
 
 
-@functools.partial(jax.jit, static_argnames=("rows",))
-def _take(stack: Array, index: Array, rows: bool) -> Array:
-    if not rows:
+@jax.jit
+def _take(stack: Array, index: Array) -> Array:
+    if index.ndim == 1:
         return jnp.take(stack, index, axis=1)
     layers, questions, group, *rest = stack.shape
     flat = stack.reshape(layers, questions * group, *rest)
     return jnp.take(flat, index.reshape(-1), axis=1).reshape(layers, *index.shape, *rest)
 
 
-def _consume(stack: Array, index: Array, rows: bool) -> Array:
-    taken = _take(stack, index, rows)
+def _consume(stack: Array, index: Array) -> Array:
+    """Of a stack `[L, Q, …]` the questions `[Q']`, or of `[L, Q, G, …]` the rows `[Q', G']`; frees the stack."""
+    taken = _take(stack, index)
     stack.delete()
     return taken
 

@@ -31,6 +31,9 @@ from jgrpo.rollout.weights import decoding_adapter, unrolls
 MAX_CHUNK = 32
 """Decode steps between two tests whether every row is done."""
 
+CACHE_TYPES = {"auto": None, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+"""`kv_cache` of the config -> what `KVCache.create` takes; None: the compute dtype."""
+
 Params = Mapping[str, Any]
 
 
@@ -131,7 +134,7 @@ def prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, slots: i
     variables = {"params": base, "lora": lora}
     hidden, prompt_kv = _apply(setup, "prefill", variables, prompts.tokens, prompts.lengths)
     return DecodeState(
-        cache=KVCache.create(prompt_kv, prompts.lengths, group, slots),
+        cache=KVCache.create(prompt_kv, prompts.lengths, group, slots, CACHE_TYPES[setup.config.kv_cache]),
         hidden=jnp.repeat(hidden[:, None], group, axis=1),
         remaining=jnp.full((hidden.shape[0], group), setup.config.max_completion_length, jnp.int32),
     )

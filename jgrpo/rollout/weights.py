@@ -74,7 +74,9 @@ def merged_bytes(model: Transformer) -> int:
 def cache_bytes(model: Transformer, config: RolloutConfig, prompts: tuple[int, int]) -> int:
     """Size of the keys and values of (Q, P) prompts and their completions."""
     shape, (questions, width) = model.config, prompts
-    token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(model.dtype).itemsize
+    wide = shape.head_dim * jnp.dtype(model.dtype).itemsize
+    head = wide if config.kv_cache == "auto" else shape.head_dim + 4  # a byte each and a float32 scale
+    token = 2 * shape.num_layers * shape.num_kv_heads * head
     return token * questions * (width + config.num_generations * config.max_completion_length)
 
 

@@ -34,6 +34,9 @@ def unfinished_products(ttgir: str) -> int:
     return unfinished
 
 
+CACHE_TYPES = {"bfloat16": "*bf16", "int8": "*i8", "float8_e4m3fn": "*fp8e4nv"}
+
+
 def compile_kernel(kernel, types: dict[str, str], constants: dict, config, capability: int) -> tuple[int, int]:
     """(shared memory, stack) of the compiled kernel; pointers are 16-byte aligned, as JAX's are."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -63,28 +66,31 @@ def int4_matmul(rows: int, capability: int) -> tuple[int, int]:
     return compile_kernel(int4_matmul_triton.int4_matmul_kernel, types, constants, config, capability)
 
 
-def decode_attention(head_dim: int, capability: int) -> tuple[int, int]:
+def decode_attention(head_dim: int, capability: int, cache: str = "bfloat16") -> tuple[int, int]:
     """The heuristic's kernel for 8 groups of 8."""
-    q, prompt, suffix = (
-        ShapeDtypeStruct(shape, "bfloat16")
-        for shape in [(8, 8, 12, head_dim), (2, 8, 2, 256, head_dim), (2, 8, 8, 2, 512, head_dim)]
+    q = ShapeDtypeStruct((8, 8, 12, head_dim), "bfloat16")
+    prompt, suffix = (
+        ShapeDtypeStruct(shape, cache) for shape in [(2, 8, 2, 256, head_dim), (2, 8, 8, 2, 512, head_dim)]
     )
     config = tuning.attention_heuristic(128, 16, head_dim)
-    types = dict.fromkeys(("q_ptr", "prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr"), "*bf16")
+    types = dict.fromkeys(("prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr"), CACHE_TYPES[cache]) | {"q_ptr": "*bf16"}
+    types |= dict.fromkeys(("prompt_k_scale_ptr", "prompt_v_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("prompt_lengths_ptr", "length_ptr", "layer_ptr"), "*i32")
     types |= dict.fromkeys(("stats_ptr", "values_ptr"), "*fp32")
-    constants = decode_attention_triton.kernel_constants(q, prompt, suffix, 0.1, 100, config)
+    constants = decode_attention_triton.kernel_constants(q, prompt, suffix, 0.1, 100, config, cache != "bfloat16")
     constants |= {"LAYER_IS_POINTER": True, "LENGTH_IS_POINTER": True}
     return compile_kernel(decode_attention_triton.decode_attention_kernel, types, constants, config, capability)
 
 
-def rope_and_cache(capability: int, layer_type: str) -> tuple[int, int]:
+def rope_and_cache(capability: int, layer_type: str, cache_type: str = "bfloat16") -> tuple[int, int]:
     """With norms, the layer behind a pointer or as a number (of which Triton makes a constant where it is 1)."""
-    qkv, cache = ShapeDtypeStruct((8, 8, 16 * 128), "bfloat16"), ShapeDtypeStruct((2, 8, 8, 2, 512, 128), "bfloat16")
+    qkv, cache = ShapeDtypeStruct((8, 8, 16 * 128), "bfloat16"), ShapeDtypeStruct((2, 8, 8, 2, 512, 128), cache_type)
     constants = rope_cache_triton.kernel_constants(qkv, cache, 1e-6, True)
     constants |= {"DTYPE": tl.bfloat16, "SLOT_IS_POINTER": True, "LAYER_IS_POINTER": layer_type == "*i32"}
-    types = dict.fromkeys(("qkv_ptr", "k_in_ptr", "v_in_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
+    types = dict.fromkeys(("k_in_ptr", "v_in_ptr", "k_ptr", "v_ptr"), CACHE_TYPES[cache_type])
     types |= dict.fromkeys(("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "*fp32")
+    types |= dict.fromkeys(("k_scale_in_ptr", "v_scale_in_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("qkv_ptr", "q_ptr"), "*bf16")
     types |= {"slot_ptr": "*i32", "layer_ptr": layer_type}
     if layer_type == "constexpr":
         constants["layer_ptr"] = 1
@@ -100,3 +106,6 @@ if __name__ == "__main__":
             print(f"decode_attention-{head_dim}-sm_{target}", *decode_attention(head_dim, target), flush=True)
         for layer_type in ("*i32", "i32", "constexpr"):
             print(f"rope_and_cache-{layer_type}-sm_{target}", *rope_and_cache(target, layer_type), flush=True)
+        for cache in ("int8", "float8_e4m3fn")[: 2 if target >= 89 else 1]:
+            print(f"decode_attention-{cache}-sm_{target}", *decode_attention(128, target, cache), flush=True)
+            print(f"rope_and_cache-{cache}-sm_{target}", *rope_and_cache(target, "i32", cache), flush=True)

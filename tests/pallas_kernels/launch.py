@@ -66,9 +66,11 @@ def int4_matmul(x, packed, scales, layer, xa, b, config: Int4Config, pointer: bo
     return out.sum(0).cpu().numpy()
 
 
-def decode_attention(q, prompt_k, prompt_v, lengths, k, v, length, layer, scale, window, config: AttentionConfig):
+def decode_attention(
+    q, prompt_k, prompt_v, lengths, k, v, length, layer, scale, window, config: AttentionConfig, scales=None
+):
     """Both kernels as `decode_attention_triton.decode_attention` launches them; torch in, float32 numpy out."""
-    constants = decode_attention_triton.kernel_constants(q, prompt_k, k, scale, window, config)
+    constants = decode_attention_triton.kernel_constants(q, prompt_k, k, scale, window, config, scales is not None)
     rows, depth = int(np.prod(q.shape[:3])), q.shape[-1]
     splits = config.prompt_splits + config.suffix_splits
     stats, values, out = poisoned(rows, splits, 2), poisoned(rows, splits, depth), poisoned(rows, depth)
@@ -81,6 +83,7 @@ def decode_attention(q, prompt_k, prompt_v, lengths, k, v, length, layer, scale,
         v,
         scalar(length),
         scalar(layer),
+        *(scales or (stats,) * 4),
         stats,
         values,
         LAYER_IS_POINTER=True,

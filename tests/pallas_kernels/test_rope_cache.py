@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import cache_codes
 from tests.pallas_kernels.oracles import relative_error
 
 EPS, LAYER, SLOT = 1e-5, 1, 4
@@ -66,8 +67,34 @@ def test_twin(normed: bool, dtype: str, traced: bool) -> None:
             eps=EPS,
         )
 
-    got = jax.jit(run)(SLOT, LAYER) if traced else run(SLOT, LAYER)
+    *got, scales = jax.jit(run)(SLOT, LAYER) if traced else run(SLOT, LAYER)
+    assert scales is None
     assert_close(got, oracle(qkv, cos, sin, k, v, norms), dtype)
+
+
+@pytest.mark.parametrize("code", cache_codes.LARGEST)
+def test_twin_writes_codes(code: str) -> None:
+    qkv, cos, sin, k, v, norms = case(True, "float32")
+    codes, scales = zip(*(cache_codes.encode(jnp.asarray(part), code) for part in (k, v)), strict=True)
+    how = dict(layer=LAYER, norms=tuple(map(jnp.asarray, norms)), eps=EPS, scales=scales)
+    q, *written, new_scales = pallas_kernels.rope_and_cache(*map(jnp.asarray, (qkv, cos, sin)), *codes, SLOT, **how)
+    want = oracle(qkv, cos, sin, k, v, norms)
+    assert relative_error(q, want[0]) < TOLERANCE["float32"]
+    for got, scale, before, old_scale, exact in zip(written, new_scales, codes, scales, want[1:], strict=True):
+        assert got.dtype == code
+        values = np.asarray(cache_codes.decode(got, scale, jnp.float32))
+        step = np.abs(exact).max(-1, keepdims=True) * (1 / 254 if code == "int8" else 1 / 16)
+        assert (np.abs(values - exact) <= step * 1.001).all()
+        others = np.arange(got.shape[4]) != SLOT
+        np.testing.assert_array_equal(
+            np.asarray(got[..., others, :], np.float32), np.asarray(before[..., others, :], np.float32)
+        )
+        np.testing.assert_array_equal(scale[..., others], old_scale[..., others])
+
+
+def test_codes_of_zeros_are_zeros() -> None:
+    codes, scales = cache_codes.encode(jnp.zeros((3, 8)), "int8")
+    assert not np.asarray(cache_codes.decode(codes, scales, jnp.float32)).any()
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -76,6 +103,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         pallas_kernels.rope_and_cache(qkv[..., :-1], cos, sin, k, v, SLOT, layer=LAYER)
     with pytest.raises(ValueError, match="cos, sin"):
         pallas_kernels.rope_and_cache(qkv, cos[:, 1:], sin[:, 1:], k, v, SLOT, layer=LAYER)
+    with pytest.raises(ValueError, match="got scales"):
+        pallas_kernels.rope_and_cache(qkv, cos, sin, k.astype(np.int8), v.astype(np.int8), SLOT, layer=LAYER)
     with pytest.raises(ValueError, match="cannot run"):
         pallas_kernels.rope_and_cache(qkv, cos, sin, k, v, SLOT, layer=LAYER, implementation="triton")
 
@@ -84,7 +113,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("pointers", [False, True])
 @pytest.mark.parametrize("heads", [dict(), dict(heads=7, kv_heads=1, group=1, depth=64)], ids=str)
-def test_kernel(normed: bool, pointers: bool, heads: dict) -> None:
+@pytest.mark.parametrize("coded", [False, True])
+def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool) -> None:
     """The caches are updated in place; elements that are not written keep what they had."""
     import torch
     import triton.language as tl
@@ -96,7 +126,11 @@ def test_kernel(normed: bool, pointers: bool, heads: dict) -> None:
     arguments = case(normed, dtype, **heads)
     qkv, cos, sin, k, v = (torch.tensor(np.asarray(a, np.float32)).to(DEVICE) for a in arguments[:5])
     qkv, k, v = (a.to(getattr(torch, dtype)) for a in (qkv, k, v))
-    norms = arguments[5]
+    norms, cache_scales = arguments[5], (cos, cos)
+    if coded:
+        parts = [cache_codes.encode(np.asarray(a, np.float32), "int8") for a in arguments[3:5]]
+        k, v = (torch.tensor(np.asarray(codes)).to(DEVICE) for codes, _ in parts)
+        cache_scales = tuple(torch.tensor(np.asarray(scale)).to(DEVICE) for _, scale in parts)
     scales = (cos, cos) if norms is None else tuple(torch.tensor(scale).to(DEVICE) for scale in norms)
     constants = rope_cache_triton.kernel_constants(qkv, k, EPS, normed)
     q = poisoned(*qkv.shape[:2], constants["H"], constants["D"])
@@ -106,16 +140,26 @@ def test_kernel(normed: bool, pointers: bool, heads: dict) -> None:
         sin,
         k,
         v,
+        *cache_scales,
         *scales,
         scalar(SLOT) if pointers else SLOT,
         scalar(LAYER) if pointers else LAYER,
         q,
         k,
         v,
+        *cache_scales,
         DTYPE=getattr(tl, dtype),
         SLOT_IS_POINTER=pointers,
         LAYER_IS_POINTER=pointers,
         num_warps=1,
         **constants,
     )
+    if coded:
+        k, v = (codes.float() * scale[..., None] for codes, scale in zip((k, v), cache_scales, strict=True))
+        q_want, *want = oracle(*arguments)
+        assert relative_error(q.float().cpu().numpy(), q_want) < TOLERANCE[dtype]
+        for got, exact in zip((k, v), want, strict=True):
+            step = np.abs(exact).max(-1, keepdims=True) / 254
+            assert (np.abs(got.cpu().numpy() - exact) <= step * 1.01 + 1e-3 * (dtype != "float32")).all()
+        return
     assert_close([a.float().cpu().numpy() for a in (q, k, v)], oracle(*arguments), dtype)

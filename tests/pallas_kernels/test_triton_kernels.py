@@ -8,6 +8,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, whose interpreter runs the kernels on a CPU", allow_module_level=True)
 
+from pallas_kernels import cache_codes
 from pallas_kernels.tuning import MMA, MMA_SWAPPED, WGMMA
 from tests.pallas_kernels import launch
 from tests.pallas_kernels.launch import DTYPES, TOLERANCE, float64, rounded
@@ -99,6 +100,24 @@ def attention_error(case, length, layer, window, config) -> float:
 def attention_blocks(prompt_splits, suffix_splits, prompt_rows=32) -> launch.AttentionConfig:
     """Blocks of 16 slots."""
     return launch.AttentionConfig(16, prompt_rows, suffix_splits, prompt_splits, warps=4, stages=2)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_decode_attention_over_codes(window):
+    """int8 keys and values with a scale for each slot and head; scales of slots out of use are NaN."""
+    dtype = DTYPES[-1]
+    q, prompt_k, prompt_v, lengths, k, v = attention_case(np.random.default_rng(4), dtype, 33)
+    codes, scales = [], []
+    for stack in (prompt_k, prompt_v, k, v):
+        part, scale = cache_codes.encode(np.nan_to_num(stack.float().cpu().numpy()), "int8")
+        unused = stack[..., 0].isnan().cpu().numpy()
+        codes.append(rounded(part, "int8"))
+        scales.append(rounded(np.where(unused, np.nan, scale), "float32"))
+    case = (q, *codes[:2], lengths, *codes[2:])
+    out = launch.decode_attention(*case, 33, 1, 0.25, window, attention_blocks(2, 3), scales=scales)
+    exact = [float64(part) * float64(scale)[..., None] for part, scale in zip(codes, scales, strict=True)]
+    want = attention(float64(q), *exact[:2], lengths, *exact[2:], 33, 1, 0.25, window)
+    assert relative_error(out, want) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("splits", [(1, 1), (2, 3), (4, 4)])

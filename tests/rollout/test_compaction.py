@@ -50,7 +50,7 @@ def assert_same(one: Rollout, other: Rollout) -> None:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(rollout_weights="bf16", top_p=0.8)], ids=str)
+@pytest.mark.parametrize("settings", [dict(kv_cache="int8"), dict(rollout_weights="bf16", top_p=0.8)], ids=str)
 def test_a_long_tail_runs_in_smaller_shapes_and_draws_the_same(
     policy: Policy, prompts: Prompts, shapes: list, settings: dict
 ) -> None:

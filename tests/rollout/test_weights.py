@@ -71,3 +71,6 @@ def test_auto_takes_the_copy_with_many_rows_and_room(int4_policy: Policy) -> Non
 def test_cache_bytes_is_what_the_cache_takes(policy: Policy) -> None:
     # 3 layers, 2 kv heads of 16, float32: a token takes 768 bytes.
     assert cache_bytes(policy.model, CONFIG, (5, 12)) == 768 * 5 * (12 + 2 * 12)
+    # In 8 bits a head takes 16 bytes and a scale of 4.
+    coded = dataclasses.replace(CONFIG, kv_cache="int8")
+    assert cache_bytes(policy.model, coded, (5, 12)) == 3 * 2 * 2 * 20 * 5 * (12 + 2 * 12)
