@@ -1,18 +1,20 @@
 """Time, throughput and peak memory of a GRPO step of a model of real shape with random weights.
 
     PYTHONPATH=. python scripts/bench_step.py --preset qwen2.5-1.5b
-    PYTHONPATH=. python scripts/bench_step.py --preset llama-3.1-8b --microbatch-size 4 --steps 5
+    PYTHONPATH=. python scripts/bench_step.py --preset llama-3.1-8b --microbatch-size 4 --offload --steps 5
 
 EOS is ignored, so every completion has `--max-completion-length` tokens; rewards are random and take no time. One JSON
 line a phase: `rollout` alone, `update` alone, and `step` (both, as in the loop). Times are medians after one step that
 compiles. `peak_bytes` is the allocator's peak since the process started, with preallocation off. Model FLOP
 utilisation counts a forward and the gradient of the activations (the base has none of its own) of the matrices, the
-head and causal attention, at `--peak-tflops`, and no recomputation.
+head and causal attention, at `--peak-tflops`, and no recomputation; a prompt that its group shares counts once. Tokens a
+second of `update` count every row's prompt, so that sharing shows as speed.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import time
@@ -43,6 +45,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-completion-length", type=int, default=512, help="new tokens C (default %(default)s)")
     parser.add_argument("--microbatch-size", type=int, default=8, help="rows a microbatch (default %(default)s)")
     parser.add_argument("--logprob-workspace", type=float, default=256.0, help="MB of logits (default %(default)s)")
+    parser.add_argument("--no-share-prompt", action="store_true", help="compute the prompt once for each completion")
+    parser.add_argument("--offload", action="store_true", help="keep the layers' inputs in pinned host memory")
     parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight; above 0: with a reference forward")
     parser.add_argument("--lora-rank", type=int, default=32, help="rank R (default %(default)s)")
@@ -72,7 +76,9 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             default.training,
             prompts_per_step=args.prompts,
             microbatch_size=args.microbatch_size,
+            share_prompt=not args.no_share_prompt,
             remat=not args.no_remat,
+            offload=args.offload,
             logprob_workspace=args.logprob_workspace,
         ),
     )
@@ -123,7 +129,7 @@ class Bench:
             self.rollout()
         how = dict(model=self.model, optimizer=self.optimizer, config=self.config)
         analysis = grpo_step.lower(self.state, self.base, self.batch, **how).compile().memory_analysis()
-        names = ("argument", "output", "alias", "temp", "generated_code")
+        names = ("argument", "output", "alias", "temp", "generated_code", "host_temp")
         return {f"{name}_bytes": getattr(analysis, f"{name}_size_in_bytes") for name in names}
 
     def step(self) -> None:
@@ -140,10 +146,17 @@ class Bench:
             self.args.prompts * self.args.num_generations * (self.args.prompt_length + self.args.max_completion_length)
         )
 
+    @property
+    def computed_positions(self) -> int:
+        """Positions of the linear layers: a shared prompt counts once."""
+        rows = self.args.prompts * self.args.num_generations
+        shared = 1 if self.args.no_share_prompt else math.gcd(self.args.microbatch_size, self.args.num_generations)
+        return rows * self.args.max_completion_length + rows // shared * self.args.prompt_length
+
     def update_flops(self) -> float:
         """Forward and activation gradient: 2 · 2 operations a parameter and position, likewise head and attention."""
         config, length = self.model_config, self.args.prompt_length + self.args.max_completion_length
-        linear = linear_parameters(config) * self.row_tokens
+        linear = linear_parameters(config) * self.computed_positions
         head = config.vocab_size * config.hidden_size * self.completion_tokens
         # Scores and mix of values: 2 products of T · T / 2 · H · Hd, whose gradient costs twice the forward.
         attention = config.num_layers * config.num_heads * config.head_dim * length * self.row_tokens

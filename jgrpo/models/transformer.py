@@ -110,10 +110,11 @@ class Transformer(nn.Module):
 
         def body(x: Array, layer: Array) -> tuple[Array, None]:
             def attend(qkv: Array) -> tuple[Array, None]:
-                heads = self._heads(qkv, positions, base["layers"], layer)
+                q, k, v = self._heads(qkv, positions, base["layers"], layer)
                 if shared is None:
-                    return self._attention(*heads, lengths, layer, segments), None
-                return shared.sequences(self._attention(*map(shared.rows, heads), lengths, layer)), None
+                    return self._attention(q, k, v, lengths, layer, segments), None
+                q, k, v = (shared.rows(part) for part in (q, k, v))
+                return shared.sequences(self._attention(q, k, v, lengths, layer)), None
 
             x = checkpoint_name(x, LAYER_INPUT)
             layer_key = None if key is None else jax.random.fold_in(key, layer)

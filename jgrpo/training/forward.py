@@ -128,7 +128,7 @@ def token_logprobs(
     shared = None if group == 1 else SharedPrompt(rows.prompt_lengths[::group], rows.prompt_tokens.shape[1], group)
     tokens, lengths = packed_tokens(rows) if shared is None else grouped_tokens(rows, shared)
     variables = {"params": base, "lora": lora}
-    how = dict(remat=remat, offload=offload, dropout=dropout_key is not None)
+    how: dict[str, Any] = dict(remat=remat, offload=offload, dropout=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden: Any = model.apply(variables, tokens, lengths, shared=shared, rngs=rngs, **how)
     return head_logprobs(
