@@ -51,5 +51,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
         model_max_length=512,
     )
     texts = (*number_tokens(), *WORDS, *TAGS, *prompt_phrases())
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    added: list[str | AddedToken] = [AddedToken(text, normalized=False) for text in texts]
+    tokenizer.add_tokens(added)
     return tokenizer
