@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import cache_codes
+from pallas_kernels import cache_codes, dispatch
 from tests.pallas_kernels.oracles import relative_error
 
 EPS, LAYER, SLOT = 1e-5, 1, 4
@@ -163,3 +163,14 @@ def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool) -> None:
             assert (np.abs(got.cpu().numpy() - exact) <= step * 1.01 + 1e-3 * (dtype != "float32")).all()
         return
     assert_close([a.float().cpu().numpy() for a in (q, k, v)], oracle(*arguments), dtype)
+
+
+def test_a_float8_cache_takes_the_kernels_where_the_gpu_has_the_type() -> None:
+    hopper, ampere = (dispatch.Device("gpu", capability, True) for capability in ((9, 0), (8, 0)))
+    for problem in (
+        lambda device, cache: dispatch.rope_and_cache_problem(device, jnp.bfloat16, 128, cache),
+        lambda device, cache: dispatch.decode_attention_problem(device, jnp.bfloat16, 128, cache_dtype=cache),
+    ):
+        assert problem(hopper, jnp.float8_e4m3fn) is None
+        assert problem(ampere, jnp.int8) is None
+        assert "8.9" in str(problem(ampere, jnp.float8_e4m3fn))

@@ -37,7 +37,7 @@ def test_example_compares_base_and_adapter(tmp_path: Path) -> None:
 
 def test_bench_prints_json_and_a_table() -> None:
     flags = "--preset tiny --dtype float32 --kv int8 --prompts 2 --group 2 --prompt-len 4 --new-tokens 9 --runs 1"
-    more = "--weights int4 bf16 --lengths lognormal --bandwidth 1 --tflops 1"
+    more = "--weights int4 bf16 --lengths lognormal --bandwidth 0.01 --tflops 0.01"
     lines = run("scripts/bench_rollout.py", *flags.split(), *more.split())
     first, other, row = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
     assert (other["weights"], row["weights"]) == ("int4", "bf16")
