@@ -7,8 +7,8 @@ of the Countdown prompt ("superwords", Liu et al. 2025, arXiv:2503.13423), which
 All other text is bytes: no merges.
 """
 
-from tokenizers import AddedToken, pre_tokenizers
-from transformers import Qwen2Tokenizer
+from tokenizers import pre_tokenizers
+from transformers import AddedToken, Qwen2Tokenizer
 
 from jgrpo.data.countdown import LARGEST_VALUE, PROMPT
 
@@ -51,6 +51,5 @@ def build_tokenizer() -> Qwen2Tokenizer:
         model_max_length=512,
     )
     texts = (*number_tokens(), *WORDS, *TAGS, *prompt_phrases())
-    added: list[str | AddedToken] = [AddedToken(text, normalized=False) for text in texts]
-    tokenizer.add_tokens(added)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
     return tokenizer
