@@ -62,6 +62,8 @@ class LoraConfig:
     """Dropout on the adapter's input, in the training forward only."""
     target_modules: tuple[str, ...] = LINEAR_MODULES
     """Linear layers that get an adapter."""
+    adapter: str | None = None
+    """Directory of an adapter in PEFT's format to start from; its rank, alpha, rsLoRA and modules replace those here."""
 
     @property
     def scale(self) -> float:

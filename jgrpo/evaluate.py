@@ -97,7 +97,7 @@ def evaluate(settings: EvaluateConfig) -> list[Result]:
     data = with_tools(settings.data, settings.rollout)
     dataset = load_prompts(data, tokenizer, "test", settings.training.seed)
     adapters, lora_config = _adapters(settings, model_config)
-    policy = load_policy(settings.model, settings.quantization, lora_config, tokenizer)
+    policy = load_policy(settings.model, settings.quantization, lora_config, tokenizer, sum(limits))
     environment = environment_factory(settings.rollout, tokenizer, policy.eos_ids)
     policy = dataclasses.replace(policy, environment=environment)
     examples = dataset.examples[: settings.evaluation.eval_prompts]

@@ -23,7 +23,7 @@ from jgrpo.export import load_adapter, load_run_adapter
 from jgrpo.rollout import Prompts, stream
 from jgrpo.rollout.text import TextStream
 from jgrpo.training.experience import read_completions
-from jgrpo.training.policy import Policy, load_policy
+from jgrpo.training.policy import Policy, load_policy, with_context
 from jgrpo.validation import check_ranges
 
 Prompt = str | list[dict[str, Any]]
@@ -104,6 +104,7 @@ def generate(
     _check_counts(num_generations, batch_size)
     policy, lora = model if isinstance(model, LoadedModel) else load(model, adapter)
     examples, width = _prepare(policy, prompts, config)
+    policy = with_context(policy, width + config.max_completion_length)
     size = min(batch_size, len(examples))
     texts: list[list[str]] = []
     for number, start in enumerate(range(0, len(examples), size)):
@@ -121,6 +122,7 @@ def stream_text(model: LoadedModel, prompt: Prompt, config: RolloutConfig, seed:
     _check(config)
     policy, lora = model
     (example,), width = _prepare(policy, [prompt], config)
+    policy = with_context(policy, width + config.max_completion_length)
     pad_id = policy.tokenizer.pad_token_id
     tokens, lengths = pad_prompts([example], width, pad_id)
     pieces = stream(

@@ -29,6 +29,8 @@ _FUSED: Mapping[str, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 _FUSED_IN_CHECKPOINT = _FUSED | {"qkv": ("qkv_proj",), "gate_up": ("gate_up_proj",)}
+ALL_MODULES = (*LINEAR_MODULES, "qkv_proj", "gate_up_proj")
+"""Names that linear layers have in checkpoints."""
 
 
 def matrix_modules(config: "ModelConfig") -> Mapping[str, tuple[str, ...]]:

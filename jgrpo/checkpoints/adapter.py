@@ -7,19 +7,21 @@ come from the table that loads checkpoints, so an adapter written here fits the 
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jgrpo.checkpoints.atomic import atomic_directory
 from jgrpo.checkpoints.names import adapter_prefixes
 from jgrpo.checkpoints.safetensors_io import TensorInfo, read_header, read_rows, write_tensors
 from jgrpo.checkpoints.source import read_json, resolve_checkpoint
-from jgrpo.config import LoraConfig
+from jgrpo.config import LoraConfig, SftConfig, TrainConfig
 from jgrpo.errors import UserError
-from jgrpo.lora import Params, module_shapes
+from jgrpo.lora import ALL_MODULES, Params, init_lora, module_shapes
 from jgrpo.models import ModelConfig
 
 CONFIG = "adapter_config.json"
@@ -100,26 +102,53 @@ def load_adapter(path: str | Path, model_config: ModelConfig) -> tuple[dict[str,
     layers, or if it was made for a model of other shapes.
     """
     path = Path(path).expanduser()
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise UserError(f"{path}: no {name}, so not an adapter in PEFT's safetensors format")
-    settings = read_json(path / CONFIG)
-    _check_plain(path, settings)
-    index = read_header(path / WEIGHTS)
-    modules = [m for m in module_shapes(model_config) if any(name.split(".")[-3:-2] == [m] for name in index)]
-    lora_config = LoraConfig(
-        lora_rank=settings["r"],
-        lora_alpha=float(settings["lora_alpha"]),
-        use_rslora=bool(settings.get("use_rslora", False)),
-        lora_dropout=float(settings.get("lora_dropout") or 0.0),
-        target_modules=tuple(modules),
-    )
+    lora_config = adapter_settings(path)
+    settings, index = read_json(path / CONFIG), read_header(path / WEIGHTS)
+    modules = lora_config.target_modules
     expected = _expected_shapes(model_config, lora_config)
     _check_fits(path, index, expected, str(settings.get("base_model_name_or_path")))
     stacked: dict[str, Any] = {module: {"a": [], "b": []} for module in modules}
     for name, (module, part, _) in expected.items():
         stacked[module][part].append(read_rows(index[name]).astype(np.float32))
     return {m: {k: jnp.asarray(np.stack(v)) for k, v in parts.items()} for m, parts in stacked.items()}, lora_config
+
+
+def adapter_settings(path: str | Path) -> LoraConfig:
+    """Rank, scale, dropout and modules of a PEFT directory; UserError as of `load_adapter`, but for the base's shapes."""
+    path = Path(path).expanduser()
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise UserError(f"{path}: no {name}, so not an adapter in PEFT's safetensors format")
+    settings = read_json(path / CONFIG)
+    _check_plain(path, settings)
+    present = {part for name in read_header(path / WEIGHTS) for part in name.split(".")[-3:-2]}
+    return LoraConfig(
+        lora_rank=settings["r"],
+        lora_alpha=float(settings["lora_alpha"]),
+        use_rslora=bool(settings.get("use_rslora", False)),
+        lora_dropout=float(settings.get("lora_dropout") or 0.0),
+        target_modules=tuple(module for module in ALL_MODULES if module in present),
+    )
+
+
+C = TypeVar("C", TrainConfig, SftConfig)
+
+
+def replace_by_adapter(config: C) -> C:
+    """The configuration with the settings of the adapter that the run starts from, if it starts from one."""
+    if config.lora.adapter is None:
+        return config
+    theirs = adapter_settings(config.lora.adapter)
+    # Dropout belongs to the training, not to the adapter.
+    lora = replace(theirs, adapter=config.lora.adapter, lora_dropout=config.lora.lora_dropout)
+    return replace(config, lora=lora)
+
+
+def start_adapter(key: Array, lora_config: LoraConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """What training starts from: a fresh adapter, or the one that the settings name (UserError if it does not fit)."""
+    if lora_config.adapter is None:
+        return init_lora(key, lora_config, model_config)
+    return load_adapter(lora_config.adapter, model_config)[0]
 
 
 def _check_plain(path: Path, settings: Mapping[str, Any]) -> None:

@@ -16,6 +16,9 @@ from jaxtyping import Float, Int
 
 from jgrpo.models.config import RopeConfig
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds whose frequencies follow from the length of the longest row."""
+
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, context_length: int | None = None) -> np.ndarray:
     """`[rotated / 2]` float32 angles per position, where rotated = partial · head_dim."""
@@ -66,7 +69,7 @@ def _yarn(freqs: np.ndarray, rope: RopeConfig, rotated: int) -> np.ndarray:
 def check_positions(rope: RopeConfig, context_length: int | None, positions: int) -> None:
     """ValueError where rows of `positions` would need other frequencies than those that `context_length` chose."""
     limit = max(rope.original_max_position, context_length or 0)
-    if rope.kind in ("dynamic", "longrope") and positions > limit:
+    if rope.kind in LENGTH_DEPENDENT and positions > limit:
         raise ValueError(
             f"rows of {positions} positions with {rope.kind!r} rotary scaling: its frequencies were chosen for {limit}; "
             f"set ModelConfig.context_length to at least {positions}"

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from jgrpo.algorithms import check_objective, objective_from_config
-from jgrpo.checkpoints.adapter import export_adapter
+from jgrpo.checkpoints.adapter import export_adapter, replace_by_adapter, start_adapter
 from jgrpo.checkpoints.hf import eos_ids, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
 from jgrpo.config import TrainConfig
 from jgrpo.data import Cursor, Example, take
-from jgrpo.lora import init_lora
 from jgrpo.reporting import FRESH, Reporter, is_due, make_reporter, memory_metrics
 from jgrpo.rollout import EnvironmentFactory, Rollout, environment_factory
 from jgrpo.training import evaluation
@@ -64,14 +63,16 @@ def train(
     """
     with StopSignals() as signals:
         check_objective(config.algorithm)
-        config = check_directory(config)
+        config = check_directory(replace_by_adapter(config))
         reporter = make_reporter(config)
         # Everything that can be wrong is looked at before the weights, which take longest.
         path = resolve_checkpoint(config.model.model, config.model.revision)
         context, tokenizer = load_model_config(path).max_position_embeddings, load_tokenizer(path)
         task = load_task(config, tokenizer, context, reward_functions)
         environment = environment or environment_factory(config.rollout, tokenizer, eos_ids(path, tokenizer))
-        policy = load_policy(config.model, config.quantization, config.lora, tokenizer)
+        longest = config.data.max_prompt_length + config.rollout.max_completion_length
+        policy = load_policy(config.model, config.quantization, config.lora, tokenizer, longest)
+        config = dataclasses.replace(config, quantization=policy.quantization)
         policy = dataclasses.replace(policy, environment=environment)
         claim_directory(config)
         run = Run(config, policy, task, reporter, signals)
@@ -98,7 +99,7 @@ class Run:
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.run.keep_last)
         self.compilations = CompileCounter()
         init_key, run_key, self.evaluation_key = jax.random.split(jax.random.key(config.training.seed), 3)
-        lora = init_lora(init_key, config.lora, policy.model.config)
+        lora = start_adapter(init_key, config.lora, policy.model.config)
         self.state = TrainState.create(lora, self.optimizer, run_key)
         self.num_tokens = 0
         self.steps_here = 0

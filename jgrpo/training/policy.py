@@ -1,17 +1,19 @@
 """A model with what turns its tokens into text and back: loaded once, used by the loop and by evaluation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from jgrpo.checkpoints.dynamic import resolve_quantization
 from jgrpo.checkpoints.hf import eos_ids, load_base, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.config import LoraConfig, ModelSettings, QuantizationConfig, RolloutConfig
 from jgrpo.data import Example, pad_prompts
 from jgrpo.models import Transformer
+from jgrpo.models.rope import LENGTH_DEPENDENT
 from jgrpo.rollout import EnvironmentFactory, Prompts, Rollout, generate, generate_turns
 from jgrpo.training.compilation import enable_compilation_cache
 
@@ -26,6 +28,8 @@ class Policy:
     eos_ids: tuple[int, ...]
     environment: EnvironmentFactory | None = None
     """Makes what answers the model's turns, one for each completion; None: a completion is one turn."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """How the base is stored, with the choices of `quantization: dynamic` filled in."""
 
     @property
     def dtype(self) -> str:
@@ -62,9 +66,15 @@ class Policy:
 
 
 def load_policy(
-    settings: ModelSettings, quantization: QuantizationConfig, lora: LoraConfig, tokenizer: Any = None
+    settings: ModelSettings,
+    quantization: QuantizationConfig,
+    lora: LoraConfig,
+    tokenizer: Any = None,
+    context_length: int | None = None,
 ) -> Policy:
     """Load a checkpoint, quantizing while it streams in; `tokenizer` saves loading it again.
+
+    `context_length` is that of the longest row to come (`with_context`).
 
     Raises:
         UserError: the checkpoint is missing, damaged or of an unsupported kind.
@@ -73,8 +83,18 @@ def load_policy(
     path = resolve_checkpoint(settings.model, settings.revision)
     model = Transformer(load_model_config(path), lora, compute_dtype(settings))
     tokenizer = tokenizer or load_tokenizer(path)
+    quantization = resolve_quantization(path, model.config, quantization, model.dtype, tokenizer)
     base = load_base(path, model.config, quantization, model.dtype)
-    return Policy(model, base, tokenizer, eos_ids(path, tokenizer))
+    policy = Policy(model, base, tokenizer, eos_ids(path, tokenizer), quantization=quantization)
+    return policy if context_length is None else with_context(policy, context_length)
+
+
+def with_context(policy: Policy, context_length: int) -> Policy:
+    """The policy for rows of up to `context_length` positions, where its rotary embedding depends on that."""
+    config = policy.model.config
+    if config.rope.kind not in LENGTH_DEPENDENT:
+        return policy
+    return replace(policy, model=policy.model.clone(config=replace(config, context_length=context_length)))
 
 
 def compute_dtype(settings: ModelSettings) -> Any:

@@ -44,7 +44,11 @@ def _resumed(config: C) -> C:
         raise UserError("--resume needs --output-dir: the directory of the run to continue")
     if not (directory / CONFIG).is_file():
         raise UserError(f"--resume: {directory} holds no {CONFIG}, so there is no run to continue in it")
-    check_resume(load_config(directory / CONFIG, type(config)), config)
+    saved = load_config(directory / CONFIG, type(config))
+    if not config.quantization.wide_matrices:  # what a dynamic run chose at its start
+        wide = saved.quantization.wide_matrices
+        config = dataclasses.replace(config, quantization=dataclasses.replace(config.quantization, wide_matrices=wide))
+    check_resume(saved, config)
     return config
 
 

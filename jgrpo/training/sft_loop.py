@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgrpo.checkpoints.adapter import export_adapter
+from jgrpo.checkpoints.adapter import export_adapter, replace_by_adapter, start_adapter
 from jgrpo.checkpoints.hf import eos_ids as stop_ids
 from jgrpo.checkpoints.hf import load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
@@ -24,7 +24,6 @@ from jgrpo.data import Cursor
 from jgrpo.data.packing import epoch_rows
 from jgrpo.data.supervised import PackedRows, PairDataset, has_held_out_pairs, load_pairs, rows_of_pairs
 from jgrpo.errors import UserError
-from jgrpo.lora import init_lora
 from jgrpo.reporting import FRESH, make_reporter, memory_metrics
 from jgrpo.training.experience import host_metrics
 from jgrpo.training.forward import logprob_chunk
@@ -48,7 +47,7 @@ def sft(config: SftConfig) -> TrainState:
         Stopped: SIGTERM or SIGINT came; everything is saved.
     """
     with StopSignals() as signals:
-        config = check_directory(config)
+        config = check_directory(replace_by_adapter(config))
         path = resolve_checkpoint(config.model.model, config.model.revision)
         context, tokenizer = load_model_config(path).max_position_embeddings, load_tokenizer(path)
         if config.data.max_length > context:
@@ -57,7 +56,8 @@ def sft(config: SftConfig) -> TrainState:
         pairs = load_pairs(config.data, tokenizer, ends, "train", seed)
         evaluates = config.evaluation.eval_every > 0 and has_held_out_pairs(config.data)
         held_out = load_pairs(config.data, tokenizer, ends, "test", seed) if evaluates else None
-        policy = load_policy(config.model, config.quantization, config.lora, tokenizer)
+        policy = load_policy(config.model, config.quantization, config.lora, tokenizer, config.data.max_length)
+        config = dataclasses.replace(config, quantization=policy.quantization)
         claim_directory(config)
         run = SupervisedRun(config, policy, pairs, held_out, signals)
         try:
@@ -89,7 +89,7 @@ class SupervisedRun:
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.run.keep_last)
         self.reporter = make_reporter(config)
         init_key, run_key = jax.random.split(jax.random.key(config.training.seed))
-        lora = init_lora(init_key, config.lora, policy.model.config)
+        lora = start_adapter(init_key, config.lora, policy.model.config)
         self.state = TrainState.create(lora, self.optimizer, run_key)
         self.lengths = [len(pair) for pair in pairs.pairs]
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
