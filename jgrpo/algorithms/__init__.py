@@ -13,7 +13,7 @@ from jgrpo.algorithms.masks import drop_truncated
 from jgrpo.algorithms.metrics import completion_metrics, policy_metrics, reward_metrics
 from jgrpo.algorithms.objective import Objective, Scored, loss_mask
 from jgrpo.algorithms.policy_loss import policy_loss
-from jgrpo.algorithms.registry import check_objective, objective_from_config
+from jgrpo.algorithms.registry import check_objective, objective_from_config, preference_from_config
 from jgrpo.algorithms.rewards import combine_rewards
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "objective_from_config",
     "policy_loss",
     "policy_metrics",
+    "preference_from_config",
     "reward_metrics",
 ]

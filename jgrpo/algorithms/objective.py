@@ -40,11 +40,16 @@ class Scored(NamedTuple):
     reward_weights: Float[Array, " K"]
     lengths: Int[Array, "Q G"]
     """Completion tokens."""
+    shaping: Float[Array, "Q G"] | None = None
+    """Added to the combined reward: the soft overlong penalty, −β times the completion's KL."""
+    greedy_rewards: Float[Array, " Q"] | None = None
+    """Combined reward of each question's greedy completion; ReMax needs it."""
 
     @property
     def rewards(self) -> Float[Array, "Q G"]:
-        """The weighted sum, NaN where no function gave a reward."""
-        return combine_rewards(self.rewards_per_function, self.reward_weights)
+        """The weighted sum and the shaping, NaN where no function gave a reward."""
+        combined = combine_rewards(self.rewards_per_function, self.reward_weights)
+        return combined if self.shaping is None else combined + self.shaping
 
 
 AdvantageEstimator = Callable[[Scored], Float[Array, "Q G"]]
@@ -58,6 +63,13 @@ def of_rewards(scored: Scored, *, estimator: Callable[..., Array]) -> Float[Arra
 def of_lengths(scored: Scored, *, estimator: Callable[..., Array]) -> Float[Array, "Q G"]:
     """An estimator that looks at the combined rewards and the lengths."""
     return estimator(scored.rewards, scored.lengths)
+
+
+def of_greedy(scored: Scored, *, estimator: Callable[..., Array]) -> Float[Array, "Q G"]:
+    """An estimator that compares with the greedy completion. Raises ValueError if its rewards are not given."""
+    if scored.greedy_rewards is None:
+        raise ValueError("greedy_rewards is None: this estimator's baseline is the reward of a greedy completion")
+    return estimator(scored.rewards, scored.greedy_rewards)
 
 
 def of_functions(scored: Scored, *, estimator: Callable[..., Array]) -> Float[Array, "Q G"]:
@@ -82,7 +94,9 @@ class Objective:
     kl_estimator: Callable[..., Float[Array, "*S C"]]
     """(logprobs, ref_logprobs) -> per-token KL; one of `kl`."""
     beta: float = 0.0
-    """Weight of the KL term; 0: no reference needed."""
+    """Weight of the KL term in the loss; 0: the loss needs no reference."""
+    reward_beta: float = 0.0
+    """Weight of the KL that is taken off the reward, of each completion or (PPO) each token; 0: none is."""
     kl_times_ratio: bool = False
     """Multiply the KL term by r, which makes its gradient unbiased off-policy (DeepSeek-V3.2, arXiv:2512.02556)."""
     entropy_coef: float = 0.0
@@ -91,12 +105,18 @@ class Objective:
     """(log_rho, mask) -> weights; one of `corrections`."""
     correction_in_ratio: bool = False
     """The sampler correction enters the loss's ratio instead of multiplying the loss."""
+    top_entropy: float = 1.0
+    """Fraction of the batch's tokens, those of highest entropy, in the policy term; 1: all."""
     off_policy_threshold: float | None = None
     """Bound of `masks.off_policy_sequence_mask`; None: no such mask."""
     drop_truncated: bool = False
     """Truncated completions leave the loss."""
     drop_zero_variance: bool = False
     """Groups with equal rewards leave the loss and its denominators."""
+    overlong_buffer: int = 0
+    """Tokens before the length limit over which the soft overlong penalty grows to 1; 0: no penalty."""
+    needs_greedy: bool = False
+    """`advantages` needs `Scored.greedy_rewards`."""
 
     @property
     def needs_reference(self) -> bool:

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jgrpo.algorithms import Objective, Scored, reward_metrics
+from jgrpo.algorithms.rewards import soft_overlong_penalty
 from jgrpo.config import RewardConfig
 from jgrpo.data import Example, repeat_columns
 from jgrpo.reporting import CompletionRow
@@ -88,11 +90,22 @@ def advantages_of(
     *,
     objective: Objective,
     names: tuple[str, ...],
+    penalty: Float[Array, "Q G"] | None = None,
+    greedy_rewards: Float[Array, " Q"] | None = None,
 ) -> tuple[Batch, dict[str, Array]]:
-    """The training batch, and the metrics of its rewards."""
-    scored = Scored(rewards_per_function, weights, rollout.completion_lengths)
+    """The training batch, and the metrics of its rewards.
+
+    `penalty` is taken off the rewards that advantages are made of, not off those in the batch and the metrics: a group of
+    equal rewards is one, whatever its KL. `greedy_rewards` are for ReMax.
+    """
+    lengths, limit = rollout.completion_lengths, rollout.completion_tokens.shape[-1]
+    overlong = jnp.zeros(lengths.shape)
+    if objective.overlong_buffer:
+        overlong = soft_overlong_penalty(lengths, max_length=limit, cache=objective.overlong_buffer)
+    scored = Scored(rewards_per_function, weights, lengths, overlong, greedy_rewards)
     rewards = scored.rewards
-    batch = Batch(rollout=rollout, rewards=rewards, advantages=objective.advantages(scored))
+    shaped = scored if penalty is None else scored._replace(shaping=overlong - penalty)
+    batch = Batch(rollout=rollout, rewards=rewards, advantages=objective.advantages(shaped))
     return batch, reward_metrics(rewards, rewards_per_function, names)
 
 

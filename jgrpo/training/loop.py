@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgrpo.algorithms import check_objective, objective_from_config
+from jgrpo.algorithms import check_objective, combine_rewards, objective_from_config
 from jgrpo.checkpoints.adapter import export_adapter, replace_by_adapter, start_adapter
 from jgrpo.checkpoints.hf import eos_ids, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
@@ -27,13 +27,16 @@ from jgrpo.data import Cursor, Example, take
 from jgrpo.reporting import FRESH, Reporter, is_due, make_reporter, memory_metrics
 from jgrpo.rollout import EnvironmentFactory, Rollout, environment_factory
 from jgrpo.training import evaluation
+from jgrpo.training.algorithms import ALGORITHMS
+from jgrpo.training.controllers import coefficient_metrics, initial_coefficients, next_coefficients
 from jgrpo.training.experience import Experience, advantages_of, completion_rows, host_metrics, judge, weights_of
+from jgrpo.training.filters import Judged, choose, judged, sample_until_informative, sampling_effort
 from jgrpo.training.guards import CompileCounter, StopSignals, check_finite, check_first_rollout
 from jgrpo.training.optimizer import make_optimizer
 from jgrpo.training.policy import Policy, load_policy
+from jgrpo.training.reference import completion_kl, describe_reference, initial_reference, synced
 from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, check_directory, claim_directory
 from jgrpo.training.state import Batch, TrainState
-from jgrpo.training.step import grpo_step
 from jgrpo.training.task import RewardFunctions, Task, load_task
 
 WARM_STEPS = 2
@@ -94,16 +97,24 @@ class Run:
         self.config, self.policy, self.task, self.reporter, self.signals = config, policy, task, reporter, signals
         self.directory = Path(config.run.output_dir)
         self.objective = objective_from_config(config.algorithm)
+        self.algorithm = ALGORITHMS[config.algorithm.algorithm]
         updates = config.training.steps * config.algorithm.num_iterations * config.algorithm.num_minibatches
         self.optimizer = make_optimizer(config.optimizer, updates)
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.run.keep_last)
         self.compilations = CompileCounter()
         init_key, run_key, self.evaluation_key = jax.random.split(jax.random.key(config.training.seed), 3)
-        lora = start_adapter(init_key, config.lora, policy.model.config)
-        self.state = TrainState.create(lora, self.optimizer, run_key)
+        self.state = self._fresh_state(init_key, run_key)
         self.num_tokens = 0
         self.steps_here = 0
         self.summary = "stopped by an error"
+
+    def _fresh_state(self, init_key: jax.Array, run_key: jax.Array) -> TrainState:
+        config, model_config = self.config, self.policy.model.config
+        lora, make_critic = start_adapter(init_key, config.lora, model_config), self.algorithm.init_critic
+        critic = make_critic(jax.random.fold_in(init_key, 1), config.lora, model_config) if make_critic else {}
+        state = TrainState.create(lora, self.optimizer, run_key, critic)
+        reference = initial_reference(config, model_config, lora)
+        return state.replace(reference=reference, coefficients=initial_coefficients(config.algorithm))
 
     def train(self) -> TrainState:
         """Every step that is left, then the exports."""
@@ -140,67 +151,115 @@ class Run:
         times: dict[str, float] = {}
         compiled = self.compilations.count
         began = time.perf_counter()
-        examples, cursor = self._next_prompts()
-        with _timed(times, "rollout"):
-            rollout = jax.block_until_ready(self._rollout(examples, step))
+        drawn, cursor = self._sample(step, times)
         if self.config.rollout.compaction:  # its few smaller programs are compiled when a batch first gets there
             compiled = self.compilations.count
-        self._stop_if_asked()
-        if step == 1:
-            check_first_rollout(self.policy, self.state.lora, rollout, self.config)
-        with _timed(times, "reward"):
-            experience, batch, reward_metrics = self._judge(rollout, examples, step)
+        rollout, experience = choose(drawn)
+        batch, reward_metrics = self._advantages(rollout, experience, step, times)
         self._stop_if_asked()
         with _timed(times, "update"):
-            metrics = self._update(batch, cursor)
+            metrics = self._update(batch, cursor, reward_metrics)
         self._check_compilations(step, self.compilations.count - compiled)
         times["step"] = time.perf_counter() - began
         progress = {"epoch": cursor.epoch + cursor.index / len(self.task.prompts)}
-        values = {**progress, **reward_metrics, **metrics, **self._throughput(experience, times), **memory_metrics()}
+        values = {**progress, **reward_metrics, **metrics, **self._throughput(drawn, experience, times)}
+        values |= memory_metrics()
+        if self.config.algorithm.max_generation_batches > 1:
+            values |= sampling_effort(drawn)
         self._report(step, values, experience, batch)
         check_finite(int(self.state.nonfinite), self.config.training.max_nonfinite_steps, step)
         if self.config.run.save_every and step % self.config.run.save_every == 0:
             self._save()
 
-    def _throughput(self, experience: Experience, times: Mapping[str, float]) -> dict[str, float]:
+    def _throughput(
+        self, drawn: Sequence[Judged], experience: Experience, times: Mapping[str, float]
+    ) -> dict[str, float]:
         completions = int(experience.lengths.sum())
+        generated = sum(int(batch.experience.lengths.sum()) for batch in drawn)
         prompts = experience.lengths.shape[1] * sum(len(example.token_ids) for example in experience.examples)
         self.num_tokens += prompts + completions
         return {
             "num_tokens": self.num_tokens,
             "step_time": times["step"],
             **{f"time/{phase}": times[phase] for phase in ("rollout", "reward", "update")},
-            "throughput/rollout_tokens_per_s": completions / times["rollout"],
+            "throughput/rollout_tokens_per_s": generated / times["rollout"],
             "throughput/train_tokens_per_s": (prompts + completions) / times["update"],
         }
 
-    def _next_prompts(self) -> tuple[list[Example], Cursor]:
-        prompts, training = self.task.prompts, self.config.training
+    def _sample(self, step: int, times: dict[str, float]) -> tuple[list[Judged], Cursor]:
+        """One rollout with its rewards, or several where groups without signal are replaced; and the cursor behind them."""
         cursor = Cursor(*(int(part) for part in jax.device_get(self.state.cursor)))
+
+        def sample(number: int) -> Judged:
+            nonlocal cursor
+            examples, cursor = self._next_prompts(cursor)
+            with _timed(times, "rollout"):
+                rollout = jax.block_until_ready(self._rollout(examples, step, number))
+            self._stop_if_asked()
+            if step == 1 and number == 0:
+                check_first_rollout(self.policy, self.state.lora, rollout, self.config)
+            with _timed(times, "reward"):
+                experience = self._judge(rollout, examples, step)
+            self._stop_if_asked()
+            return judged(rollout, experience, weights_of(self.task.rewards))
+
+        return sample_until_informative(sample, self.config.algorithm.max_generation_batches), cursor
+
+    def _next_prompts(self, cursor: Cursor) -> tuple[list[Example], Cursor]:
+        prompts, training = self.task.prompts, self.config.training
         rows, after = take(len(prompts), training.seed, cursor, training.prompts_per_step)
         return [prompts.example(row) for row in rows], after
 
-    def _rollout(self, examples: Sequence[Example], step: int) -> Rollout:
+    def _rollout(self, examples: Sequence[Example], step: int, number: int) -> Rollout:
         key = jax.random.fold_in(self.state.key, step)
+        key = key if number == 0 else jax.random.fold_in(key, number)
         return self.policy.sample(self.state.lora, examples, key, self.config.rollout, self.task.prompt_width)
 
-    def _judge(
-        self, rollout: Rollout, examples: Sequence[Example], step: int
-    ) -> tuple[Experience, Batch, dict[str, Any]]:
+    def _judge(self, rollout: Rollout, examples: Sequence[Example], step: int) -> Experience:
         progress = SimpleNamespace(global_step=step, max_steps=self.config.training.steps)
         experience = judge(
             self.policy, rollout, examples, self.task.rewards, self.config.reward, {"trainer_state": progress}
         )
         for problem in experience.result.problems:
             self.reporter.warn(problem)
-        weights = weights_of(self.task.rewards)
-        batch, metrics = advantages_of(
-            experience.rewards_per_function, weights, rollout, objective=self.objective, names=self.task.reward_names
-        )
-        return experience, batch, {**host_metrics(metrics), **experience.result.metrics}
+        return experience
 
-    def _update(self, batch: Batch, cursor: Cursor) -> dict[str, float]:
-        state, metrics = grpo_step(
+    def _advantages(
+        self, rollout: Rollout, experience: Experience, step: int, times: dict[str, float]
+    ) -> tuple[Batch, dict[str, Any]]:
+        """The batch to train on, with what its advantages need beyond the rewards: a KL, or greedy completions."""
+        more, measured = {}, {}
+        if self.algorithm.penalises(self.objective):
+            model, state, config = self.policy.model, self.state, self._step_config
+            given = (state.lora, state.reference, self.policy.base, rollout)
+            kl, measured["kl"] = completion_kl(*given, model=model, config=config)
+            more["penalty"] = state.coefficients.get("beta", self.objective.reward_beta) * kl
+        if self.objective.needs_greedy:
+            more["greedy_rewards"] = self._greedy_rewards(experience.examples, step, times)
+        batch, metrics = advantages_of(
+            experience.rewards_per_function,
+            weights_of(self.task.rewards),
+            rollout,
+            objective=self.objective,
+            names=self.task.reward_names,
+            **more,
+        )
+        return batch, {**host_metrics({**metrics, **measured}), **experience.result.metrics}
+
+    def _greedy_rewards(self, examples: Sequence[Example], step: int, times: dict[str, float]) -> jax.Array:
+        sampling = evaluation.held_out_sampling(self.config.rollout, temperature=0.0)
+        with _timed(times, "rollout"):
+            key, width = self.state.key, self.task.prompt_width
+            rollout = jax.block_until_ready(self.policy.sample(self.state.lora, examples, key, sampling, width))
+        with _timed(times, "reward"):
+            experience = self._judge(rollout, examples, step)
+        given = experience.rewards_per_function, weights_of(self.task.rewards)
+        return combine_rewards(*map(jnp.asarray, given))[:, 0]
+
+    def _update(self, batch: Batch, cursor: Cursor, measured: Mapping[str, Any]) -> dict[str, float]:
+        config, used = self.config.algorithm, self.state.coefficients
+        shown = host_metrics(coefficient_metrics(used))
+        state, metrics = self.algorithm.step(
             self.state,
             self.policy.base,
             batch,
@@ -209,8 +268,10 @@ class Run:
             config=self._step_config,
             objective=self.objective,
         )
-        self.state = state.replace(cursor=jnp.asarray(cursor, jnp.int32))
-        return host_metrics(metrics)
+        following = next_coefficients(state.coefficients, {**measured, **metrics}, config, batch.rewards.size)
+        state = state.replace(cursor=jnp.asarray(cursor, jnp.int32), coefficients=following)
+        self.state = synced(state, config.reference_sync_steps)
+        return {**shown, **host_metrics(metrics)}
 
     @property
     def _step_config(self) -> TrainConfig:
@@ -271,11 +332,12 @@ class Run:
         export_adapter(self.directory / ADAPTER, lora, self.config.lora, self.policy.model.config, model, replace=True)
 
     def _plan(self) -> list[str]:
-        return [*self.policy.describe(), *self.task.describe()]
+        algorithm = f"algorithm: {self.config.algorithm.algorithm}; {describe_reference(self.config.algorithm)}"
+        return [*self.policy.describe(), *self.task.describe(), algorithm]
 
 
 @contextmanager
 def _timed(times: dict[str, float], phase: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
-    times[phase] = time.perf_counter() - began
+    times[phase] = times.get(phase, 0.0) + time.perf_counter() - began

@@ -21,6 +21,9 @@ class TrainState(struct.PyTreeNode):
         key: the run's key; step s samples with `fold_in(key, s)`, so the key itself never changes.
         cursor: (epoch, index) of the next prompt in the data order.
         nonfinite: updates skipped in a row because the loss or the gradient was not finite.
+        critic: PPO's value function, trained by the same optimizer; `{}` elsewhere.
+        reference: adapter of the reference policy, never trained; `{}`: the base model.
+        coefficients: what controllers adapt from step to step, such as beta; `{}`: nothing is adapted.
     """
 
     step: Int[Array, ""]
@@ -29,14 +32,25 @@ class TrainState(struct.PyTreeNode):
     key: PRNGKeyArray
     cursor: Int[Array, " 2"]
     nonfinite: Int[Array, ""]
+    critic: Mapping[str, Any] = struct.field(default_factory=dict)
+    reference: Mapping[str, Any] = struct.field(default_factory=dict)
+    coefficients: Mapping[str, Array] = struct.field(default_factory=dict)
 
     @classmethod
     def create(
-        cls, lora: Mapping[str, Any], optimizer: optax.GradientTransformation, key: PRNGKeyArray
+        cls,
+        lora: Mapping[str, Any],
+        optimizer: optax.GradientTransformation,
+        key: PRNGKeyArray,
+        critic: Mapping[str, Any] | None = None,
     ) -> "TrainState":
-        """State before the first step. No two leaves share a buffer, which donation would refuse."""
+        """State before the first step. No two leaves share a buffer, which donation would refuse.
+
+        With a critic, the optimizer's state is that of `{"policy": lora, "critic": critic}`.
+        """
         step, nonfinite = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return cls(step, lora, optimizer.init(lora), key, jnp.zeros(2, jnp.int32), nonfinite)
+        opt_state = optimizer.init({"policy": lora, "critic": critic} if critic else lora)
+        return cls(step, lora, opt_state, key, jnp.zeros(2, jnp.int32), nonfinite, critic or {})
 
 
 class Batch(struct.PyTreeNode):

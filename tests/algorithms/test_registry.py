@@ -69,6 +69,7 @@ ESTIMATES = {
     "rloo": oracle.rloo(COMBINED),
     "reinforce_plus_plus": oracle.whiten(COMBINED),
     "reinforce_plus_plus_baseline": oracle.reinforce_plus_plus_baseline(COMBINED),
+    "remax": np.nan_to_num(COMBINED - np.array([[0.25], [2.0]])),
     "opo": oracle.opo(COMBINED, LENGTHS),
     "pass_at_k": oracle.pass_at_k(COMBINED),
 }
@@ -76,7 +77,8 @@ ESTIMATES = {
 
 @pytest.mark.parametrize("name", CHOICES["advantage_estimator"])
 def test_estimators_see_combined_rewards_functions_and_lengths(name):
-    scored = Scored(jnp.asarray(PER_FUNCTION), jnp.asarray([1.0, 0.5]), jnp.asarray(LENGTHS))
+    greedy = jnp.asarray([0.25, 2.0])
+    scored = Scored(jnp.asarray(PER_FUNCTION), jnp.asarray([1.0, 0.5]), jnp.asarray(LENGTHS), greedy_rewards=greedy)
     actual = objective_from_config(replace(DEFAULT, advantage_estimator=name)).advantages(scored)
     np.testing.assert_allclose(actual, ESTIMATES[name], atol=1e-12)
 
@@ -114,11 +116,46 @@ def test_loss_mask_drops_what_the_configuration_says():
         ({"kl_estimator": "k1", "beta": 0.1}, "k1: as a loss term its gradient has expectation 0"),
         ({"sampler_correction_min": 1.5}, "expected bounds around 1"),
         ({"sampler_correction_max": 0.9}, "expected bounds around 1"),
+        ({"algorithm": "rloo", "advantage_estimator": "opo"}, "opo: --algorithm rloo has its own"),
+        ({"algorithm": "ppo", "advantage_estimator": "rloo"}, "ppo has no group advantages"),
+        ({"algorithm": "rloo", "scale_rewards": "none"}, "rloo does not scale rewards"),
+        ({"algorithm": "online_dpo", "beta": 0.1}, "its weight is --preference-beta"),
+        ({"preference_beta": 0.0}, "--preference-beta is 0.0"),
+        ({"gae_lambda": 1.5}, "--gae-lambda 1.5"),
+        ({"value_clip": 0.0}, "--value-clip 0.0"),
+        ({"max_generation_batches": 0}, "--max-generation-batches 0"),
+        ({"overlong_buffer": 4, "advantage_estimator": "gdpo"}, "gdpo: it normalises each reward function"),
+        ({"top_entropy_quantile": 0.0}, "--top-entropy-quantile is 0.0"),
+        ({"kl_target": 0.1}, "--kl-target is 0.1, --beta 0.0"),
+        ({"entropy_target": 0.5, "entropy_coef": 0.1}, "--entropy-coef is 0.1: expected 0 to --entropy-coef-max 0.05"),
+        ({"reference_sync_steps": 5, "reference_adapter": "a"}, "Leave one out"),
     ],
 )
 def test_contradictions_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         objective_from_config(replace(DEFAULT, **changes))
+
+
+def test_the_kl_is_in_the_loss_or_in_the_reward():
+    places = {"loss": ("grpo", False), "grpo": ("grpo", True), "rloo": ("rloo", False), "ppo": ("ppo", False)}
+    for place, (algorithm, in_reward) in places.items():
+        config = replace(DEFAULT, algorithm=algorithm, kl_in_reward=in_reward, beta=0.3, kl_estimator="k3")
+        objective = objective_from_config(config)
+        assert (objective.beta, objective.reward_beta) == ((0.3, 0.0) if place == "loss" else (0.0, 0.3))
+    assert objective_from_config(replace(DEFAULT, kl_estimator="k1", kl_in_reward=True, beta=0.3)).beta == 0
+
+
+def test_shaping_is_added_to_the_reward_and_missing_rewards_stay_missing():
+    shaping = jnp.asarray([[-0.5, 0.0, 0.0], [0.0, 0.0, -1.0]])
+    scored = Scored(jnp.asarray(PER_FUNCTION), jnp.asarray([1.0, 0.5]), jnp.asarray(LENGTHS), shaping)
+    np.testing.assert_allclose(scored.rewards, COMBINED + np.asarray(shaping))
+
+
+def test_remax_without_a_greedy_completion_is_refused():
+    objective = objective_from_config(replace(DEFAULT, advantage_estimator="remax"))
+    assert objective.needs_greedy
+    with pytest.raises(ValueError, match="greedy_rewards is None"):
+        objective.advantages(Scored(jnp.asarray(PER_FUNCTION), jnp.ones(2), jnp.asarray(LENGTHS)))
 
 
 def test_gmpo_may_have_an_epsilon_above_one():
