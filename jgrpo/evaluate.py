@@ -1,6 +1,6 @@
 """`python -m jgrpo.evaluate`: base model against adapter on held-out prompts, greedy and sampled, with intervals.
 
-Definitions (correct, accuracy, pass@k, intervals) are those of `jgrpo.training.evaluation`. Both policies see the same
+Definitions (correct, accuracy, pass@k, maj@k, intervals) are those of `jgrpo.training.evaluation`. Both policies see the same
 prompts and the same random numbers, so their difference is taken prompt by prompt, and its interval is the paired one.
 """
 
@@ -47,7 +47,7 @@ class EvaluateConfig:
     adapter: str | None = None
     """Directory of a PEFT adapter for the model; without run and adapter, the base model alone is evaluated."""
     samples: int = 8
-    """Completions of each prompt in the sampled evaluation, and the largest k of pass@k; 0: greedy only."""
+    """Completions of each prompt in the sampled evaluation, and the largest k of pass@k and maj@k; 0: greedy only."""
     batch_size: int = 128
     """Completions decoded at the same time."""
     output: str | None = None
@@ -78,7 +78,8 @@ class Result:
     def numbers(self) -> dict[str, Interval]:
         """Everything that has an interval."""
         passes = {f"pass@{k}": self.scores.pass_at(k) for k in self.ks}
-        return {"accuracy": self.scores.accuracy(), "reward": self.scores.reward(), **passes}
+        votes = {f"maj@{k}": self.scores.majority_at(k) for k in self.ks if k > 2}
+        return {"accuracy": self.scores.accuracy(), "reward": self.scores.reward(), **passes, **votes}
 
 
 def evaluate(settings: EvaluateConfig) -> list[Result]:

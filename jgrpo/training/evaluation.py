@@ -5,9 +5,15 @@ first. Accuracy is the fraction of correct completions. pass@k is the unbiased e
 (arXiv:2107.03374). Intervals are at 95 % over prompts, with a prompt's own mean as one observation: several samples of
 one prompt do not count as independent. Rates get Wilson's interval, which stays honest at 0 and 1, where the normal
 approximation has width 0; everything else gets the normal approximation.
+
+maj@k (self-consistency, Wang et al. 2022, arXiv:2203.11171): of k samples the answer given most often counts, and a tie for
+most often counts as the fraction of the tied samples that are right, which is what drawing one of them gives on average. It is
+averaged over the G // k disjoint blocks of samples. Two answers are the same if their text is, up to space.
 """
 
 import dataclasses
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +27,8 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from jgrpo.config import RewardConfig, RolloutConfig
 from jgrpo.data import Example
 from jgrpo.rewards import NamedReward
+from jgrpo.rewards.answers import final_number
+from jgrpo.rewards.text import answer_or_all, last_answer
 from jgrpo.rollout import FINISH_STOP
 from jgrpo.training.experience import judge
 from jgrpo.training.policy import Policy
@@ -49,6 +57,8 @@ class Scores:
     lengths: Int[np.ndarray, "N G"]
     terminated: Bool[np.ndarray, "N G"]
     problems: tuple[str, ...] = ()
+    answers: tuple[tuple[str, ...], ...] = ()
+    """`final_answer` of each completion, [N][G]; maj@k needs it."""
 
     @property
     def rewards(self) -> Float[np.ndarray, "N G"]:
@@ -76,6 +86,40 @@ class Scores:
     def pass_at(self, k: int) -> Interval:
         """Probability that at least one of k completions of a prompt is correct; k at most G."""
         return rate_interval(np.array([pass_at_k(self.correct.shape[1], int(c), k) for c in self.correct.sum(axis=1)]))
+
+    def majority_at(self, k: int) -> Interval:
+        """maj@k: accuracy of the answer that k completions of a prompt give most often; k at most G.
+
+        Raises:
+            ValueError: there are no answers, or fewer than k completions.
+        """
+        generations = self.correct.shape[1]
+        if not self.answers or not 0 < k <= generations:
+            raise ValueError(f"maj@{k} of {generations} samples: expected answers, and 0 < k <= samples")
+        blocks = [slice(start, start + k) for start in range(0, generations - k + 1, k)]
+        rows = list(zip(self.answers, self.correct, strict=True))
+        return rate_interval(np.array([np.mean([majority(a[b], c[b]) for b in blocks]) for a, c in rows]))
+
+
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+
+
+def final_answer(text: str) -> str:
+    """What a completion answers: in `<answer>` tags, a `\\boxed{}`, after `####`, else all of it; runs of space are one."""
+    if last_answer(text) is not None:
+        found = answer_or_all(text)
+    elif boxed := BOXED.findall(text):
+        found = boxed[-1]
+    else:
+        found = final_number(text) or text
+    return " ".join(found.split())
+
+
+def majority(answers: Sequence[str], correct: Bool[np.ndarray, " k"]) -> float:
+    """Fraction of right ones among the samples whose answer is the most frequent, or as frequent as it."""
+    counts = Counter(answers)
+    most = max(counts.values())
+    return float(np.mean([right for answer, right in zip(answers, correct, strict=True) if counts[answer] == most]))
 
 
 def interval(values: Float[np.ndarray, " N"]) -> Interval:
@@ -146,7 +190,13 @@ def evaluate_policy(
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.finish for part in parts]) == FINISH_STOP,
         tuple(problem for part in parts for problem in part.result.problems),
+        tuple(answers for part in parts for answers in _answers(part.texts, sampling.num_generations)),
     )
+
+
+def _answers(texts: Sequence[str], generations: int) -> list[tuple[str, ...]]:
+    found = [final_answer(text) for text in texts]
+    return [tuple(found[start : start + generations]) for start in range(0, len(found), generations)]
 
 
 def _first_rows(count: int, array: jax.Array) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Accuracy, pass@k and intervals against their definitions."""
 
+import dataclasses
 from itertools import combinations
 from math import sqrt
 
@@ -11,7 +12,9 @@ from jgrpo.training.evaluation import (
     Scores,
     evaluation_batch,
     evaluation_metrics,
+    final_answer,
     interval,
+    majority,
     pass_at_k,
     rate_interval,
 )
@@ -77,6 +80,41 @@ def test_accuracy_and_pass():
     judged = scores([[[1, 0], [0, 0], [1, 1], [0.1, 1]]])
     assert judged.accuracy().mean == pytest.approx(4 / 8)
     assert judged.pass_at(2).mean == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>1</answer> no: <answer> 2 +  3 </answer>", "2 + 3"),
+        (r"so \boxed{\frac{1}{2}} it is, not #### 4", r"\frac{1}{2}"),
+        ("2 + 2\n#### 1,000", "1000"),
+        (" Paris\n", "Paris"),
+    ],
+)
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("answers", "correct", "expected"),
+    [("aab", [0, 0, 1], 0.0), ("aab", [1, 1, 0], 1.0), ("aabb", [1, 1, 0, 0], 0.5), ("abc", [1, 0, 0], 1 / 3)],
+)
+def test_majority_shares_ties(answers, correct, expected):
+    assert majority(list(answers), np.array(correct, bool)) == pytest.approx(expected)
+
+
+def test_majority_at_k_is_the_mean_over_disjoint_blocks():
+    rewards = [[[1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1]]]
+    answers = (("a", "a", "b", "b", "b", "a"), ("c", "c", "c", "d", "d", "d"))
+    voted = dataclasses.replace(scores(rewards), answers=answers)
+    assert voted.majority_at(3).mean == pytest.approx((1 + 0 + 0 + 1) / 4)
+    assert voted.majority_at(1).mean == voted.accuracy().mean
+    assert voted.majority_at(6).mean == pytest.approx(0.5)
+    assert voted.majority_at(3).half_width > 0
+    with pytest.raises(ValueError, match="maj@7 of 6"):
+        voted.majority_at(7)
+    with pytest.raises(ValueError, match="expected answers"):
+        scores(rewards).majority_at(3)
 
 
 def test_evaluation_needs_no_more_cache_than_training():
