@@ -119,7 +119,7 @@ def _backward(out_dtype, how, static_layer, residuals, g):
         return None, None, None, None, None, None
     g = g.astype(like_x.dtype)
     g, weight = reference.layer_weight(g, packed, scales, layer, how[1])
-    dx = reference.einsum_f32("mn,nk->mk", g, weight).astype(like_x.dtype)
+    dx = reference.einsum_to(like_x.dtype, "mn,nk->mk", g, weight)
     if xa is None:
         return dx, None, None, None, None, None
     b = _lora_layer(lora_b, layer).astype(g.dtype)

@@ -11,7 +11,16 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import cache_codes, dispatch
 from pallas_kernels.codes import dequantize, group_size
 
-__all__ = ["decode_attention", "dequantize", "einsum_f32", "group_size", "int4_matmul", "layer_weight", "take_layer"]
+__all__ = [
+    "decode_attention",
+    "dequantize",
+    "einsum_f32",
+    "einsum_to",
+    "group_size",
+    "int4_matmul",
+    "layer_weight",
+    "take_layer",
+]
 
 
 def einsum_f32(spec: str, a: Array, b: Array) -> Array:
@@ -19,6 +28,13 @@ def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     if dispatch.current_device().backend == "cpu":
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def einsum_to(dtype, spec: str, a: Array, b: Array) -> Array:
+    """einsum accumulated in float32 and rounded once to `dtype`; on an accelerator no float32 result is stored."""
+    if dispatch.current_device().backend == "cpu":
+        return einsum_f32(spec, a, b).astype(dtype)
+    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
 
 def take_layer(stack: Array, layer: Int[Array, ""] | int | None) -> Array:
@@ -42,12 +58,16 @@ def layer_weight(x: Array, packed, scales, layer, code: str = "int4") -> tuple[A
 
 
 def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, code: str = "int4") -> Float[Array, "M N"]:
-    """x @ dequant(W[layer])^T (+ xa @ lora_b^T), accumulated in float32, rounded once to `out_dtype`."""
+    """x @ dequant(W[layer])^T (+ xa @ lora_b^T), accumulated in float32, rounded once to `out_dtype`.
+
+    The adapter's product is R more columns of the same product: a sum of two would hold both in float32, which for the MLP
+    of a training forward was the largest memory of a step.
+    """
     x, weight = layer_weight(x, packed, scales, layer, code)
-    out = einsum_f32("mk,nk->mn", x, weight)
     if xa is not None:
-        out += einsum_f32("mr,nr->mn", xa, lora_b.astype(xa.dtype))
-    return out.astype(out_dtype)
+        x = jnp.concatenate([x, xa.astype(x.dtype)], axis=-1)
+        weight = jnp.concatenate([weight, lora_b.astype(weight.dtype)], axis=-1)
+    return einsum_to(out_dtype, "mk,nk->mn", x, weight)
 
 
 def decode_attention(
