@@ -115,6 +115,9 @@ class RolloutConfig:
     """Dotted path of a function or class that makes an environment, which answers the model's turns; null: none."""
     max_turns: int = 8
     """Turns of the model in one completion, where there are tools or an environment."""
+    round_length: int | None = None
+    """Tokens after which rows whose turn has ended get their reply and the others are interrupted, where there are tools or
+    an environment: a little above the usual turn; null: when every row's turn has ended."""
     rollout_weights: Literal["int4", "bf16", "auto"] = "int4"
     """What decodes: the base as stored plus the adapter (int4), or a copy with the adapter merged in, made for each
     rollout in the compute dtype (bf16): faster with many rows, at the price of its memory. auto: by rows and memory."""

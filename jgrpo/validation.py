@@ -74,7 +74,7 @@ RANGES = (
         lambda v: v > 0,
         "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout "
         "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_workspace max_nonfinite_steps "
-        "max_grad_norm keep_last eval_prompts max_length rows_per_step microbatch_rows max_turns",
+        "max_grad_norm keep_last eval_prompts max_length rows_per_step microbatch_rows max_turns round_length",
     ),
     Range(
         "0 or above",

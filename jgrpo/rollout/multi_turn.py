@@ -1,9 +1,10 @@
 """Completions of several turns: the model writes, its environment answers, the model goes on.
 
-Each turn is one call of `generate`. The first shares the prompt in a group as always; for a later one, every row's
-tokens so far are its prompt (G = 1), filled up to P + C, so that two programs are compiled whatever happens. Keys
-and values of earlier turns are computed again: a prefill is cheap next to decoding, and the state between turns is plain
-tokens. Rows that are done take part with a limit of 0 tokens.
+The work is done in rounds, each a call of `generate` of at most `round_length` tokens. After a round every row whose turn has
+ended gets its reply; a row in the middle of a turn just goes on. The first round shares the prompt in a group as always; in
+later ones each row's tokens so far are its prompt (G = 1), filled up to P + C. Keys and values are computed again: the state
+between rounds is plain tokens, and a prefill is cheap next to decoding as long as turns are not much shorter than rounds. Rows
+that are done drop out by halves (down to an eighth), so that a few shapes are compiled whatever happens.
 
 The whole conversation behind the prompt shares the budget of `max_completion_length` tokens. In the `Rollout` it is one
 completion: `completion_mask` covers it all (it is what the training forward reads), `loss_mask` what the model wrote.
@@ -26,6 +27,9 @@ from jgrpo.rollout.environment import Environment
 from jgrpo.rollout.sampler import Params
 from jgrpo.rollout.types import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
 
+HALVINGS = 3
+"""Times that the number of rows may halve: the shapes to compile for later rounds, less one."""
+
 
 @dataclass
 class Conversation:
@@ -37,6 +41,10 @@ class Conversation:
     by_model: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     log_kept: list[float] = field(default_factory=list)
+    turns: int = 0
+    """Finished turns of the model."""
+    turn_start: int = 0
+    """Where the model's present turn begins."""
     finish: int | None = None
     """None while the model may go on."""
 
@@ -45,12 +53,17 @@ class Conversation:
         """Tokens that the model may still write."""
         return self.budget - len(self.tokens) if self.finish is None else 0
 
-    def add_turn(self, tokens: Sequence[int], logprobs: Sequence[float], log_kept: Sequence[float]) -> None:
-        """What the model wrote."""
+    def extend(self, tokens: Sequence[int], logprobs: Sequence[float], log_kept: Sequence[float]) -> None:
+        """What the model wrote in a round."""
         self.tokens += tokens
         self.logprobs += logprobs
         self.log_kept += log_kept
         self.by_model += [True] * len(tokens)
+
+    def cut_turn(self, count: int) -> None:
+        """Keep the first `count` tokens of the present turn."""
+        for values in (self.tokens, self.logprobs, self.log_kept, self.by_model):
+            del values[self.turn_start + count :]
 
     def add_reply(self, tokens: Sequence[int]) -> None:
         """What the environment wrote. A reply that leaves no room for an answer is left out and ends the conversation."""
@@ -61,6 +74,7 @@ class Conversation:
         for values in (self.logprobs, self.log_kept):
             values += [0.0] * len(tokens)
         self.by_model += [False] * len(tokens)
+        self.turn_start = len(self.tokens)
 
 
 def generate_turns(
@@ -86,78 +100,99 @@ def generate_turns(
         The conversations, with `loss_mask`. `finish` is FINISH_LENGTH where the budget or the turns ran out.
     """
     stop_strings = tuple(environments[0].stop_strings)
-    config = dataclasses.replace(
-        config, stop_token_ids=(*config.stop_token_ids, *_single_tokens(stop_strings, tokenizer))
-    )
-    later = dataclasses.replace(config, num_generations=1)
+    settings = _round_settings(config, stop_strings, tokenizer)
     conversations = [Conversation(environment, config.max_completion_length) for environment in environments]
-    for turn in range(config.max_turns):
-        turn_key, settings = jax.random.fold_in(key, turn), config if turn == 0 else later
-        inputs = prompts if turn == 0 else _continued(prompts, conversations, pad_id)
-        limits = None if turn == 0 else jnp.array([[c.room] for c in conversations], jnp.int32)
+    live, number = list(range(len(conversations))), 0
+    while live:
+        inputs, limits = (prompts, None) if number == 0 else _continued(prompts, conversations, live, pad_id)
         drawn = generate(
-            model, base, lora, inputs, turn_key, settings, eos_ids=eos_ids, pad_id=pad_id, row_limits=limits
+            model,
+            base,
+            lora,
+            inputs,
+            jax.random.fold_in(key, number),
+            settings,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            row_limits=limits,
         )
-        _add_turns(conversations, jax.device_get(drawn), stop_strings, tokenizer, last=turn + 1 == config.max_turns)
-        if all(conversation.finish is not None for conversation in conversations):
-            break
+        _extend([conversations[row] for row in live], jax.device_get(drawn))
+        for row in live:
+            _end_turn(conversations[row], stop_strings, settings.stop_token_ids + eos_ids, tokenizer, config.max_turns)
+        live = [row for row in live if conversations[row].finish is None]
+        settings = dataclasses.replace(settings, num_generations=1, compaction=False)
+        number += 1
     return _rollout(prompts, conversations, config, pad_id)
 
 
-def _single_tokens(stop_strings: Sequence[str], tokenizer: Any) -> list[int]:
+def _round_settings(config: RolloutConfig, stop_strings: Sequence[str], tokenizer: Any) -> RolloutConfig:
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stop_strings]
-    return [ids[0] for ids in encoded if len(ids) == 1]
+    single = [ids[0] for ids in encoded if len(ids) == 1]
+    length = min(config.round_length or config.max_completion_length, config.max_completion_length)
+    return dataclasses.replace(config, max_completion_length=length, stop_token_ids=(*config.stop_token_ids, *single))
 
 
-def _continued(prompts: Prompts, conversations: Sequence[Conversation], pad_id: int) -> Prompts:
-    """Prompt and conversation so far of every row, as prompts of P + C positions."""
+def _continued(
+    prompts: Prompts, conversations: Sequence[Conversation], live: Sequence[int], pad_id: int
+) -> tuple[Prompts, jax.Array]:
+    """Prompt and conversation so far of the live rows, as prompts of P + C positions, and what each may still write.
+
+    There are as many rows as conversations, or a half, a quarter or an eighth of them; what fills up may write nothing.
+    """
+    total = len(conversations)
+    count = min(size for size in (-(-total // 2**k) for k in range(HALVINGS + 1)) if size >= len(live))
     before, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
-    group = len(conversations) // len(lengths)
-    width = before.shape[1] + conversations[0].budget
-    tokens, totals = np.full((len(conversations), width), pad_id, np.int32), np.zeros(len(conversations), np.int32)
-    for row, conversation in enumerate(conversations):
-        length = lengths[row // group]
-        totals[row] = length + len(conversation.tokens)
-        tokens[row, :length] = before[row // group, :length]
-        tokens[row, length : totals[row]] = conversation.tokens
-    return Prompts(tokens=tokens, lengths=totals)  # type: ignore[arg-type]
+    group, width = total // len(lengths), before.shape[1] + conversations[0].budget
+    tokens, totals = np.full((count, width), pad_id, np.int32), np.ones(count, np.int32)
+    limits = np.zeros((count, 1), np.int32)
+    for slot, row in enumerate(live):
+        length, conversation = lengths[row // group], conversations[row]
+        totals[slot] = length + len(conversation.tokens)
+        tokens[slot, :length] = before[row // group, :length]
+        tokens[slot, length : totals[slot]] = conversation.tokens
+        limits[slot] = conversation.room
+    return Prompts(tokens=tokens, lengths=totals), jnp.asarray(limits)  # type: ignore[arg-type]
 
 
-def _add_turns(
-    conversations: Sequence[Conversation], drawn: Rollout, stop_strings: Sequence[str], tokenizer: Any, *, last: bool
-) -> None:
-    """Give each row its new tokens and its environment's reply."""
+def _extend(live: Sequence[Conversation], drawn: Rollout) -> None:
+    """Give the live rows, which come first, their new tokens."""
     length = drawn.completion_tokens.shape[-1]
     arrays = [array.reshape(-1, length) for array in (drawn.completion_tokens, drawn.logprobs, drawn.log_kept)]
-    counts, finish = drawn.completion_lengths.reshape(-1), drawn.finish.reshape(-1)
-    for row, conversation in enumerate(conversations):
-        if conversation.finish is not None:
-            continue
-        tokens = arrays[0][row, : counts[row]].tolist()
-        kept = _until_stop(tokens, stop_strings, tokenizer)
-        conversation.add_turn(*(array[row, :kept].tolist() for array in arrays))
-        if kept == len(tokens) and finish[row] == FINISH_LENGTH:
-            # A stop string may be complete exactly at the limit, but then there is no room for what follows it.
-            conversation.finish = FINISH_LENGTH
-            continue
-        reply = conversation.environment.step(tokenizer.decode(tokens[:kept], skip_special_tokens=True))
-        if reply is None:
-            conversation.finish = FINISH_STOP
-        elif last:
-            conversation.finish = FINISH_LENGTH
-        else:
-            conversation.add_reply(tokenizer(reply, add_special_tokens=False)["input_ids"])
+    counts = drawn.completion_lengths.reshape(-1)
+    for slot, conversation in enumerate(live):
+        conversation.extend(*(array[slot, : counts[slot]].tolist() for array in arrays))
 
 
-def _until_stop(tokens: Sequence[int], stop_strings: Sequence[str], tokenizer: Any) -> int:
-    """Number of tokens up to the one that completes the first stop string; all of them if none occurs."""
+def _end_turn(
+    conversation: Conversation, stop_strings: Sequence[str], stop_ids: Sequence[int], tokenizer: Any, max_turns: int
+) -> None:
+    """If the present turn has ended, cut it there and add the environment's reply."""
+    turn = conversation.tokens[conversation.turn_start :]
+    kept = _until_stop(turn, stop_strings, tokenizer)
+    if kept is None and turn[-1] not in stop_ids:
+        conversation.finish = None if conversation.room else FINISH_LENGTH
+        return
+    kept = len(turn) if kept is None else kept
+    conversation.cut_turn(kept)
+    conversation.turns += 1
+    reply = conversation.environment.step(tokenizer.decode(turn[:kept], skip_special_tokens=True))
+    if reply is None:
+        conversation.finish = FINISH_STOP
+    elif conversation.turns == max_turns:
+        conversation.finish = FINISH_LENGTH
+    else:
+        conversation.add_reply(tokenizer(reply, add_special_tokens=False)["input_ids"])
+
+
+def _until_stop(tokens: Sequence[int], stop_strings: Sequence[str], tokenizer: Any) -> int | None:
+    """Number of tokens up to the one that completes the first stop string; None if none occurs."""
 
     def holds_stop(count: int) -> bool:
         text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
         return any(stop in text for stop in stop_strings)
 
     if not stop_strings or not holds_stop(len(tokens)):
-        return len(tokens)
+        return None
     low, high = 0, len(tokens)  # not holds_stop(low), holds_stop(high)
     while high - low > 1:
         middle = (low + high) // 2

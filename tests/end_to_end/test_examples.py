@@ -46,3 +46,18 @@ def test_custom_reward_command_line():
     )
     assert "steps" in done.stderr
     assert done.returncode != 0
+
+
+def test_calculator_writes_values_behind_equals_signs():
+    calculator = load("calculator_tool").Calculator()
+    calculator.reset({})
+    turns = ["<think>\n(3 * 4 =", " * 5 =", " no\n5 - (3 + 1 =", " =", " yes\n</think>\n<answer>5 - (3 + 1)</answer>"]
+    assert [calculator.step(turn) for turn in turns] == [" 12)", " 60", " 4)", " 1", None]
+    calculator.reset({})
+    assert calculator.step("nonsense =") == " ?"
+
+
+def test_calculator_trains(tiny_run, tmp_path):
+    """The example's environment on the tests' tiny checkpoint (its main runs the demo)."""
+    settings = {**tiny_run, "steps": 1, "eval_every": 0, "round_length": 4, "output_dir": str(tmp_path / "run")}
+    assert train(resolve_config(overrides=settings), environment=load("calculator_tool").Calculator).step == 1

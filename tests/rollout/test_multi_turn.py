@@ -9,7 +9,7 @@ import pytest
 
 from jgrpo.algorithms import objective_from_config
 from jgrpo.rollout import FINISH_LENGTH, FINISH_STOP, Prompts, generate, generate_turns
-from jgrpo.rollout.multi_turn import Conversation, _continued, _until_stop
+from jgrpo.rollout.multi_turn import Conversation, _continued, _end_turn, _until_stop
 from jgrpo.training import Batch
 from jgrpo.training.forward import rows_of
 from jgrpo.training.step import slice_batch
@@ -18,7 +18,7 @@ from tests.training.setup import MANY_EOS, MODEL, PAD, prompts, settings, tiny_b
 
 LENGTH = 24
 CONFIG = dataclasses.replace(settings().rollout, num_generations=3, max_completion_length=LENGTH, max_turns=3)
-KEY = jax.random.key(11)
+KEY = jax.random.key(2)
 
 
 class Letters:
@@ -153,14 +153,52 @@ def test_stop_strings_end_a_turn():
     assert stopped >= 3
 
 
-@pytest.mark.parametrize(("text", "count"), [("abXYcXY", 4), ("XbYXX", 5), ("", 0), ("XY", 2), ("abN", 3)])
+def test_rounds_interrupt_turns_and_nothing_else():
+    """Rounds of 5 tokens: the same kind of conversation, whose log-probabilities are still the trainer's."""
+    rollout, environments = converse(Reply, dataclasses.replace(CONFIG, round_length=5))
+    longest = 0
+    for (tokens, by_model, _), environment in zip(rows(rollout), environments, strict=True):
+        turns = [piece for own, piece in runs(tokens, by_model) if own]
+        heard = [Letters().decode(turn, True) for turn in turns]
+        assert environment.heard == heard[: len(environment.heard)]
+        assert all(turn[-1] in MANY_EOS and not set(turn[:-1]) & set(MANY_EOS) for turn in turns[:-1])
+        longest = max(longest, *map(len, turns))
+    assert longest > 5
+    logprobs, _ = token_logprobs(MODEL, tiny_base(), trained_lora(), rows_of(rollout), chunk=64)
+    logprobs = np.asarray(logprobs).reshape(rollout.logprobs.shape)
+    np.testing.assert_allclose(logprobs[rollout.loss_mask], rollout.logprobs[rollout.loss_mask], atol=1e-4)
+
+
+@pytest.mark.parametrize(("text", "count"), [("abXYcXY", 4), ("XbYXX", None), ("", None), ("XY", 2), ("abN", 3)])
 def test_until_stop(text, count):
     assert _until_stop([ord(c) - 40 for c in text], ("N", "XY"), Letters()) == count
 
 
+def test_stop_string_over_two_rounds_and_what_stands_behind_it():
+    environment = Reply()
+    environment.reset({})
+    conversation = Conversation(environment, budget=40)
+    for part in ("abX", "Ycd"):
+        ids = [ord(c) - 40 for c in part]
+        conversation.extend(ids, [-1.0] * 3, [0.0] * 3)
+        _end_turn(conversation, ("XY",), MANY_EOS, Letters(), 8)
+    assert environment.heard == ["abXY"]
+    assert Letters().decode(conversation.tokens, True) == "abXYABC"
+    assert conversation.by_model == [True] * 4 + [False] * 3
+
+
+def test_last_turn_gets_no_reply():
+    environment = Reply()
+    environment.reset({})
+    conversation = Conversation(environment, budget=40)
+    conversation.extend([5, MANY_EOS[0]], [-1.0] * 2, [0.0] * 2)
+    _end_turn(conversation, (), MANY_EOS, Letters(), 1)
+    assert (conversation.finish, len(conversation.tokens)) == (FINISH_LENGTH, 2)
+
+
 def test_reply_without_room_for_an_answer_ends_the_conversation():
     conversation = Conversation(Silent(), budget=5)
-    conversation.add_turn([1, 2], [-1.0, -2.0], [0.0, 0.0])
+    conversation.extend([1, 2], [-1.0, -2.0], [0.0, 0.0])
     conversation.add_reply([3, 4, 5])
     assert (conversation.tokens, conversation.finish, conversation.room) == ([1, 2], FINISH_LENGTH, 0)
     conversation.finish = None
@@ -172,10 +210,14 @@ def test_reply_without_room_for_an_answer_ends_the_conversation():
     )
 
 
-def test_prompt_of_a_later_turn_is_the_conversation():
+def test_prompts_of_a_later_round_are_the_live_conversations():
     seen = Prompts(tokens=np.array([[7, 8, 0], [9, 0, 0]]), lengths=np.array([2, 1]))
     conversations = [Conversation(Silent(), 2) for _ in range(4)]
     conversations[3].tokens = [5]
-    later = _continued(seen, conversations, PAD)
-    assert later.tokens.tolist() == [[7, 8, PAD, PAD, PAD]] * 2 + [[9, PAD, PAD, PAD, PAD], [9, 5, PAD, PAD, PAD]]
-    assert later.lengths.tolist() == [2, 2, 1, 2]
+    later, limits = _continued(seen, conversations, [0, 1, 3], PAD)
+    assert later.tokens[:3].tolist() == [[7, 8, PAD, PAD, PAD]] * 2 + [[9, 5, PAD, PAD, PAD]]
+    assert later.lengths.tolist() == [2, 2, 2, 1]
+    assert limits.tolist() == [[2], [2], [1], [0]]
+    fewer, limits = _continued(seen, conversations, [3], PAD)
+    assert fewer.tokens.tolist() == [[9, 5, PAD, PAD, PAD]]
+    assert limits.tolist() == [[1]]
