@@ -59,7 +59,8 @@ def test_the_copy_is_in_the_compute_dtype_and_without_an_adapter_the_base(int4_p
 def test_auto_takes_the_copy_with_many_rows_and_room(int4_policy: Policy) -> None:
     assert choose_weights(512, 10, 20, 30, 100).merged
     assert not choose_weights(512, 11, 20, 30, 100).merged
-    assert not choose_weights(64, 10, 20, 30, 100).merged
+    assert choose_weights(64, 10, 20, 30, 100).merged
+    assert not choose_weights(63, 10, 20, 30, 100).merged
     assert not choose_weights(512, 10, 20, 30, None).merged
     reason = str(choose_weights(512, 2 * 10**9, 3 * 10**9, 10**9, 8 * 10**9))
     assert reason == "rollout weights: as stored (auto: 2.0 GB base + 3.0 GB copy + 1.0 GB cache > 60% of 8.0 GB)"
