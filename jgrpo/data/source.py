@@ -61,9 +61,6 @@ def _hub(source: str, split: str) -> Any:
     name, *rest = source.split(":")
     if len(rest) > 2 or Path(source).suffix in (".txt", ".tsv", ".xlsx", ".arrow") or Path(source).exists():
         raise UserError(f"dataset {source!r} is none of {_FORMS}")
-    if "/" not in name and (near := _nearest_task(name)):
-        # Asking the hub about a misspelt task takes half a minute without a network.
-        raise UserError(f"dataset {source!r} is unknown{near}")
     configuration = rest[0] if len(rest) == 2 else None
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -77,10 +74,3 @@ def _hub(source: str, split: str) -> Any:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _nearest_task(name: str) -> str:
-    from jgrpo.data.tasks import TASKS  # the registry reads its rows through this module
-
-    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.7)
-    return f", did you mean {near[0]!r}? Built-in tasks: {', '.join(TASKS)}" if near else ""

@@ -3,6 +3,7 @@
 A task's rows are plain dictionaries with a "prompt" string; the other entries are columns for the rewards.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,10 +63,17 @@ TASKS: Mapping[str, Task] = {
 
 
 def find_task(dataset: str) -> tuple[Task | None, str | None]:
-    """Split "name" or "name:source" into the task and the source; (None, None) if it names no task."""
+    """Split "name" or "name:source" into the task and the source; (None, None) if it names no task.
+
+    Raises `UserError` for what looks like a misspelt task: asking the hub about it takes half a minute without a network.
+    """
     name, _, source = dataset.partition(":")
     task = TASKS.get(name)
     if task is None:
+        near = [] if "/" in name else difflib.get_close_matches(name, TASKS, n=1, cutoff=0.7)
+        if near:
+            tasks = ", ".join(TASKS)
+            raise UserError(f"dataset {dataset!r} is unknown, did you mean {near[0]!r}? Built-in tasks: {tasks}")
         return None, None
     if source and task.generated:
         raise UserError(f"dataset {dataset!r}: the task {name!r} is generated and takes no source; use {name!r}")
