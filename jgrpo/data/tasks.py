@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jgrpo.data import countdown, gym
@@ -70,7 +71,8 @@ def find_task(dataset: str) -> tuple[Task | None, str | None]:
     name, _, source = dataset.partition(":")
     task = TASKS.get(name)
     if task is None:
-        near = [] if "/" in name else difflib.get_close_matches(name, TASKS, n=1, cutoff=0.7)
+        is_elsewhere = "/" in name or bool(Path(name).suffix)
+        near = [] if is_elsewhere else difflib.get_close_matches(name, TASKS, n=1, cutoff=0.7)
         if near:
             tasks = ", ".join(TASKS)
             raise UserError(f"dataset {dataset!r} is unknown, did you mean {near[0]!r}? Built-in tasks: {tasks}")

@@ -172,6 +172,7 @@ def test_bad_data_is_one_clear_line(jsonl, tokenizer, rows, settings, message):
     [
         ("countdow", "did you mean 'countdown'"),
         ("missing.jsonl", "no such file"),
+        ("countdown.csv", "no such file"),
         ("rows.txt", "is none of a built-in task"),
         ("countdown:rows.jsonl", "takes no source"),
     ],
