@@ -12,13 +12,19 @@ from tests.algorithms.test_registry import CHOICES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 FUNCTIONS = sorted(set(re.findall(r"`([a-z_]+)\.([a-z_0-9]+)`", TEXT)) - {("config", "algorithm"), ("registry", "py")})
+TRAINING = sorted(set(re.findall(r"`training\.([a-z_]+)\.([a-z_0-9]+)`", TEXT)))
 # How often a batch is used, which the training step's documentation describes.
 OF_THE_LOOP = {"num_iterations", "num_minibatches"}
 
 
-@pytest.mark.parametrize(("module", "function"), [pair for pair in FUNCTIONS if pair != ("jgrpo", "train")])
+@pytest.mark.parametrize(("module", "function"), [pair for pair in FUNCTIONS if pair[0] not in ("jgrpo", "training")])
 def test_functions_exist(module, function):
     assert callable(getattr(importlib.import_module(f"jgrpo.algorithms.{module}"), function))
+
+
+@pytest.mark.parametrize(("module", "function"), TRAINING)
+def test_functions_of_the_loop_exist(module, function):
+    assert callable(getattr(importlib.import_module(f"jgrpo.training.{module}"), function))
 
 
 @pytest.mark.parametrize("name", sorted({f.name for f in fields(AlgorithmConfig)} - OF_THE_LOOP))

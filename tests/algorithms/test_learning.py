@@ -42,13 +42,18 @@ def update(logits, old, tokens, advantages, objective):
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(map(str, c.values())))
 def test_the_rewarded_token_is_learned(changes):
     objective = objective_from_config(replace(DEFAULT, **changes))
-    advantages_of = jax.jit(lambda rewards: objective.advantages(Scored(rewards[None], jnp.ones(1), MASK.sum(-1))))
+
+    @jax.jit
+    def advantages_of(rewards, greedy):
+        return objective.advantages(Scored(rewards[None], jnp.ones(1), MASK.sum(-1), greedy_rewards=greedy))
+
     rng, logits, history = np.random.default_rng(0), jnp.zeros((LENGTH, VOCABULARY)), []
     for _ in range(STEPS):
         noise = rng.gumbel(size=(*MASK.shape, VOCABULARY))
         tokens = jnp.asarray(np.argmax(np.asarray(logits) + noise, axis=-1))
         rewards = jnp.asarray(np.mean(np.asarray(tokens) == 2, axis=-1))
-        advantages = advantages_of(rewards)
+        greedy = jnp.full(QUESTIONS, jnp.mean(logits.argmax(-1) == 2))
+        advantages = advantages_of(rewards, greedy)
         old = logprobs_of(logits, tokens)
         for _ in range(2):
             logits = update(logits, old, tokens, advantages, objective=objective)
