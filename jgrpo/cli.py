@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar
 
-from jgrpo.config import AnyConfig, DataConfig, SftConfig, SftDataConfig, TrainConfig
+from jgrpo.config import MEMORY_DIAL, AnyConfig, DataConfig, SftConfig, SftDataConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.settings import (
     Layer,
@@ -148,12 +148,17 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 def _merge(cls: type, preset: str | None, files: Sequence[str | Path], flags: Layer) -> Layer:
     upper: Layer = {}
     for path in ([preset_path(preset)] if preset else []) + [*map(Path, files)]:
-        upper |= read_layer(path, cls, COMMANDS)
-    upper |= flags
+        upper |= _with_dial(read_layer(path, cls, COMMANDS))
+    upper |= _with_dial(flags)
     table = settings_of(cls)
     is_demo = "model" in table and upper.get("model", table["model"].default) == DEMO
     demo = read_layer(preset_path(DEMO), cls, COMMANDS) if is_demo else {}
     return demo | upper
+
+
+def _with_dial(layer: Layer) -> Layer:
+    """The layer with what its `memory` stands for under its other values."""
+    return {**MEMORY_DIAL[layer["memory"]], **layer} if "memory" in layer else layer
 
 
 def _hyphenated(token: str) -> str:

@@ -13,6 +13,12 @@ is five orders of magnitude smaller and brings its own numbers, `presets/demo.ya
 from dataclasses import dataclass, field
 from typing import Literal
 
+MEMORY_DIAL = {
+    "fast": dict(microbatch_size=8, remat=False, offload=False, logprob_workspace=1024.0),
+    "balanced": dict(microbatch_size=8, remat=True, offload=False, logprob_workspace=256.0),
+    "smallest": dict(microbatch_size=1, remat=True, offload=True, logprob_workspace=64.0),
+}
+"""What `memory` stands for; "balanced" is the defaults."""
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -125,11 +131,11 @@ class RolloutConfig:
     """Go on with fewer rows once most completions have ended, so that a long tail doesn't cost what the whole batch costs."""
     decode_layers: Literal["auto", "loop", "unrolled"] = "auto"
     """Layers of a decode step as a loop (compiles fastest) or written out (fewer copies of indices); auto: unrolled on a GPU."""
-
-
     kv_cache: Literal["auto", "int8", "fp8"] = "auto"
     """Keys and values in the compute dtype (auto), or in 8 bits with a scale for each slot and head: half the memory and
     traffic of bfloat16, for a small gap between the sampler's and the trainer's log-probabilities."""
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """Reward functions."""
@@ -275,6 +281,8 @@ class TrainingConfig:
     """Prompts Q of one rollout batch; Q · num_generations completions."""
     microbatch_size: int = 8
     """Completions in one forward and backward; divides the completions of a minibatch."""
+    memory: Literal["fast", "balanced", "smallest"] = "balanced"
+    """One dial for microbatch_size, remat, offload and logprob_workspace; those given as well win over it."""
     share_prompt: bool = True
     """Compute a prompt once for its completions in a microbatch, in training too."""
     remat: bool = True

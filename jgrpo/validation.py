@@ -151,7 +151,7 @@ RESUME_MAY_CHANGE = frozenset(
     {"output_dir", "resume", "save_every", "keep_last", "eval_every", "eval_prompts", "eval_temperature"}
     | {"eval_dataset", "log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
     | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "offload", "share_prompt"}
-    | {"logprob_workspace"}
+    | {"logprob_workspace", "memory"}
 )
 
 

@@ -5,6 +5,7 @@ shipped with jgrpo. It holds `model.safetensors`, or shards listed by `model.saf
 """
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _NOT_DOWNLOADED = ("consolidated*", "original/*")
 
 
-def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
+def resolve_checkpoint(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The directory of a checkpoint: a local one, a downloaded snapshot, or the packaged demo model.
+
+    Without `weights`, only `config.json` is downloaded.
 
     Raises UserError if it is neither a directory nor a hub id that can be fetched.
     """
@@ -34,10 +37,10 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
         raise UserError(
             f"model {str(model)!r} is a file; expected the directory that holds config.json and safetensors"
         )
-    return _download(str(model), revision)
+    return _download(str(model), revision, _DOWNLOADED if weights else ("config.json",))
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -48,7 +51,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
     try:
         snapshot = snapshot_download(
-            repository, revision=revision, allow_patterns=list(_DOWNLOADED), ignore_patterns=list(_NOT_DOWNLOADED)
+            repository, revision=revision, allow_patterns=list(files), ignore_patterns=list(_NOT_DOWNLOADED)
         )
     except HFValidationError as error:
         raise UserError(
@@ -92,9 +95,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def load_model_config(model: str | Path, revision: str | None = None) -> ModelConfig:
-    """Shapes and switches of the checkpoint's model."""
-    path = resolve_checkpoint(model, revision)
+def load_model_config(model: str | Path, revision: str | None = None, weights: bool = True) -> ModelConfig:
+    """Shapes and switches of the checkpoint's model; without `weights`, nothing else of it is downloaded."""
+    path = resolve_checkpoint(model, revision, weights)
     return model_config_from_hf(read_config(path), str(path / "config.json"))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from jgrpo.algorithms import check_objective, combine_rewards, objective_from_config
 from jgrpo.checkpoints.adapter import export_adapter, replace_by_adapter, start_adapter
@@ -32,8 +33,9 @@ from jgrpo.training.controllers import coefficient_metrics, initial_coefficients
 from jgrpo.training.experience import Experience, advantages_of, completion_rows, host_metrics, judge, weights_of
 from jgrpo.training.filters import Judged, choose, judged, sample_until_informative, sampling_effort
 from jgrpo.training.guards import CompileCounter, StopSignals, check_finite, check_first_rollout
+from jgrpo.training.memory import check_memory
 from jgrpo.training.optimizer import make_optimizer
-from jgrpo.training.policy import Policy, load_policy
+from jgrpo.training.policy import Policy, compute_dtype, load_policy
 from jgrpo.training.reference import completion_kl, describe_reference, initial_reference, synced
 from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, check_directory, claim_directory
 from jgrpo.training.state import Batch, TrainState
@@ -70,8 +72,9 @@ def train(
         reporter = make_reporter(config)
         # Everything that can be wrong is looked at before the weights, which take longest.
         path = resolve_checkpoint(config.model.model, config.model.revision)
-        context, tokenizer = load_model_config(path).max_position_embeddings, load_tokenizer(path)
-        task = load_task(config, tokenizer, context, reward_functions)
+        shape, tokenizer = load_model_config(path), load_tokenizer(path)
+        task = load_task(config, tokenizer, shape.max_position_embeddings, reward_functions)
+        check_memory(config, shape, compute_dtype(config.model), task.prompt_width, Console(stderr=True))
         environment = environment or environment_factory(config.rollout, tokenizer, eos_ids(path, tokenizer))
         longest = config.data.max_prompt_length + config.rollout.max_completion_length
         policy = load_policy(config.model, config.quantization, config.lora, tokenizer, longest)

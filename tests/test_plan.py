@@ -1,0 +1,255 @@
+"""The memory plan: against what XLA plans, against what an H200 measured, and what the commands make of it."""
+
+import dataclasses
+import io
+import json
+from functools import cache
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from jgrpo import plan as command
+from jgrpo.cli import resolve_config
+from jgrpo.config import LINEAR_MODULES
+from jgrpo.errors import UserError
+from jgrpo.lora import init_lora
+from jgrpo.models import KVCache, ModelConfig, Transformer, base_shapes
+from jgrpo.quantization import Int4Weight
+from jgrpo.rollout import Rollout
+from jgrpo.settings import flatten
+from jgrpo.training import Batch, TrainState, grpo_step
+from jgrpo.training.memory import (
+    alternatives,
+    best_fit,
+    check_memory,
+    parse_bytes,
+    plan_memory,
+    refusal,
+    setting_flags,
+)
+from tests.training.setup import cached_optimizer, settings
+
+SHAPE = ModelConfig("qwen2", 4096, 256, 1024, 6, 4, 2, 64, qkv_bias=True, tie_embeddings=True)
+PROMPT = 64
+QWEN = dict(
+    model_type="qwen2",
+    vocab_size=151_936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    max_position_embeddings=32_768,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    hidden_act="silu",
+    tie_word_embeddings=True,
+)
+
+
+def config(**values):
+    small = dict(num_generations=4, max_completion_length=192, lora_rank=8, microbatch_size=4, logprob_workspace=1.0)
+    return settings(**{**small, "group_size": 64, "target_modules": ("q_proj", "down_proj"), **values})
+
+
+@cache
+def compiled(config):
+    """XLA's own figures for a step, from shapes alone."""
+    shape, optimizer = jax.ShapeDtypeStruct, cached_optimizer(config.optimizer)
+    questions, group, length = config.training.prompts_per_step, *_lengths(config)
+    base = base_shapes(SHAPE, jnp.float32)
+    base["layers"] = {name: _packed(leaf, name, config) for name, leaf in base["layers"].items()}
+    lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), config.lora, SHAPE))
+    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer, jax.random.key(1)), lora)
+    per_token, per_row = (questions, group, length), (questions, group)
+    rollout = Rollout(
+        prompt_tokens=shape((questions, PROMPT), jnp.int32),
+        prompt_lengths=shape((questions,), jnp.int32),
+        completion_tokens=shape(per_token, jnp.int32),
+        completion_lengths=shape(per_row, jnp.int32),
+        completion_mask=shape(per_token, jnp.bool_),
+        logprobs=shape(per_token, jnp.float32),
+        log_kept=shape(per_token, jnp.float32),
+        finish=shape(per_row, jnp.int32),
+    )
+    batch = Batch(rollout=rollout, rewards=shape(per_row, jnp.float32), advantages=shape(per_row, jnp.float32))
+    model = Transformer(SHAPE, config.lora)
+    how = dict(model=model, optimizer=optimizer, config=config)
+    return grpo_step.lower(state, base, batch, **how).compile().memory_analysis()
+
+
+def _lengths(config):
+    return config.rollout.num_generations, config.rollout.max_completion_length
+
+
+def _packed(leaf, name, config):
+    if name not in ("qkv", "out", "gate_up", "down"):
+        return leaf
+    *lead, width = leaf.shape
+    groups = jax.ShapeDtypeStruct((*lead, width // config.quantization.group_size), jnp.bfloat16)
+    return Int4Weight(jax.ShapeDtypeStruct((*lead, width // 2), jnp.uint8), groups)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"microbatch_size": 8, "share_prompt": False},
+        {"remat": False},
+        {"logprob_workspace": 100.0, "microbatch_size": 16},
+        {"target_modules": LINEAR_MODULES, "lora_rank": 64},
+    ],
+    ids=["shared prompt", "separate rows", "no remat", "large batch", "large adapter"],
+)
+def test_plan_is_what_xla_plans(values):
+    chosen = config(**values)
+    plan, analysis = plan_memory(chosen, SHAPE, jnp.float32, PROMPT, cudnn=False), compiled(chosen)
+    assert plan.update == pytest.approx(analysis.temp_size_in_bytes, rel=0.1)
+    arguments = plan.base + plan.adapter + plan.optimizer
+    assert arguments == pytest.approx(analysis.argument_size_in_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+def test_cache_is_the_rollouts(kv_cache):
+    chosen = config(kv_cache=kv_cache)
+    prompts = jax.ShapeDtypeStruct((6, 4, 2, PROMPT, 64), jnp.float32)
+    made = jax.eval_shape(
+        lambda kv: KVCache.create(
+            (kv, kv), jnp.zeros(4, jnp.int32), 4, 192, *([] if kv_cache == "auto" else [kv_cache])
+        ),
+        prompts,
+    )
+    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+    plan = plan_memory(chosen, SHAPE, jnp.float32, PROMPT, cudnn=False)
+    assert plan.kv_cache == pytest.approx(expected, rel=1e-4)
+
+
+def qwen(tmp_path, **values):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | values))
+    return str(tmp_path)
+
+
+def test_measured_on_an_h200(tmp_path):
+    """docs/benchmarks.md: arguments of the update 1.61 GB, peak of the rollout 2.90 GB (8 x 8 rows, 256 + 512 tokens)."""
+    shape = command.load_model_config(qwen(tmp_path))
+    workload = settings(
+        target_modules=LINEAR_MODULES,
+        lora_rank=32,
+        num_generations=8,
+        max_completion_length=512,
+        prompts_per_step=8,
+        microbatch_size=8,
+    )
+    plan = plan_memory(workload, shape, jnp.bfloat16, 256, cudnn=True)
+    assert plan.base + plan.adapter + plan.optimizer == pytest.approx(1.61e9, rel=0.01)
+    assert plan.resident + plan.rollout == pytest.approx(2.90e9, rel=0.1)
+
+
+def test_offload_moves_the_layer_inputs_to_the_host():
+    kept, moved = (
+        plan_memory(config(offload=offload), SHAPE, jnp.float32, PROMPT, cudnn=False) for offload in (False, True)
+    )
+    assert kept.host == 0
+    assert moved.host == kept.layer_inputs
+    assert kept.layer_inputs - moved.layer_inputs == pytest.approx(4 / 6 * kept.layer_inputs)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("7.5 GiB", 7.5 * 2**30), ("512mb", 512 * 10**6), ("1000", 1000)]
+)
+def test_amounts_of_memory(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8 parsecs", "-3GB", "0GB", "GB"])
+def test_what_is_no_amount(text):
+    with pytest.raises(UserError, match="expected something like 8GB"):
+        parse_bytes(text)
+
+
+def of(config):
+    return plan_memory(config, SHAPE, jnp.bfloat16, PROMPT, cudnn=True)
+
+
+def test_best_fit_changes_nothing_that_fits_and_the_batch_last():
+    chosen = config(prompts_per_step=4, microbatch_size=16, logprob_workspace=32.0)
+    assert best_fit(chosen, of, of(chosen).total) == chosen
+    assert best_fit(chosen, of, 1) is None
+    options = list(alternatives(chosen))
+    assert options[0] == chosen
+    changes_batch = [option.training.prompts_per_step != 4 for option in options]
+    assert changes_batch == sorted(changes_batch)
+    assert all(option.training.prompts_per_step * 4 % option.training.microbatch_size == 0 for option in options)
+    # A little less than it needs: only the microbatch shrinks.
+    best = best_fit(chosen, of, of(chosen).total - 1)
+    assert setting_flags(chosen, best).startswith("--microbatch-size")
+    assert of(best).total < of(chosen).total
+
+    # Less than any setting of the same batch needs, where the cache of its rollout is what is large.
+    chosen = config(prompts_per_step=4, microbatch_size=16, max_completion_length=4096, num_generations=64)
+    options = list(alternatives(chosen))
+    same_batch = min(of(option).total for option in options if option.training.prompts_per_step == 4)
+    assert "--prompts-per-step 2" in setting_flags(chosen, best_fit(chosen, of, same_batch - 1))
+
+
+def run(capsys, *argv):
+    code = command.main(list(argv))
+    return code, capsys.readouterr().out
+
+
+def test_command_needs_no_weights_and_no_gpu(tmp_path, capsys):
+    how = ["--model", qwen(tmp_path), "--max-prompt-length", "256"]
+    code, out = run(capsys, *how)
+    assert code == 0
+    for row in ("base", "adapter", "optimizer", "KV cache", "activations", "log-prob workspace", "total"):
+        assert row in out
+    assert " 1.163 " in out
+    code, out = run(capsys, *how, "--device-memory", "24GB")
+    assert (code, "fits 24GB" in out) == (0, True)
+    code, out = run(capsys, *how, "--device-memory", "2.5GB")
+    assert code == 0
+    assert "--microbatch-size" in out
+    assert out.count("total") == 2
+
+
+def test_command_refuses_what_never_fits(tmp_path):
+    with pytest.raises(UserError, match=r"needs .* GB of 0.50 GB: no smaller batch fits"):
+        command.main(["--model", qwen(tmp_path), "--device-memory", "500MB"])
+    with pytest.raises(UserError, match="expected something like 8GB"):
+        command.main(["--model", qwen(tmp_path), "--device-memory", "much"])
+
+
+def test_training_is_refused_with_the_table(monkeypatch):
+    chosen = config(microbatch_size=16)
+    needs, text = of(chosen).total, io.StringIO()
+    stats = {"bytes_limit": needs + 1000, "bytes_in_use": 0}
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
+    console = Console(file=text, width=100)
+    check_memory(chosen, SHAPE, jnp.bfloat16, PROMPT, console)
+    assert text.getvalue() == ""
+    stats["bytes_in_use"] = 2000
+    with pytest.raises(UserError, match=r"what fits is --microbatch-size"):
+        check_memory(chosen, SHAPE, jnp.bfloat16, PROMPT, console)
+    assert "log-prob workspace" in text.getvalue()
+
+
+def test_a_cpu_is_not_checked():
+    huge = dataclasses.replace(SHAPE, num_layers=10_000)
+    check_memory(config(), huge, jnp.float32, PROMPT, Console(file=io.StringIO()))
+
+
+def test_one_line_says_what_to_do():
+    assert refusal(config(), of(config()), 10**6, None).count("\n") == 0
+
+
+def test_the_dial_sets_what_is_not_set():
+    model = {"model": "some/model"}
+    smallest = resolve_config(overrides=model | {"memory": "smallest"}).training
+    assert (smallest.microbatch_size, smallest.remat, smallest.offload) == (1, True, True)
+    fast = resolve_config(overrides=model | {"memory": "fast", "microbatch_size": 4}).training
+    assert (fast.microbatch_size, fast.remat) == (4, False)
+    default, balanced = (flatten(resolve_config(overrides=model | more)) for more in ({}, {"memory": "balanced"}))
+    assert default == balanced
