@@ -109,7 +109,7 @@ def test_help_shows_every_flag_with_its_default_in_its_group(capsys: pytest.Capt
     positions = [text.index(f"\n{section}:\n") for section in sections_of(TrainConfig)]
     assert positions == sorted(positions)
     words = " ".join(text.split())
-    assert "Rank R (default: 32)" in words
+    assert "Rank R (default: 32; demo model: 16)" in words
     assert "Peak learning rate (default: 0.0001; demo model: " in words
     assert max(map(len, text.splitlines())) <= 118
 
