@@ -234,11 +234,28 @@ def _layer_of(tree: dict[Any, Any], cls: type, also_known: Sequence[type], path:
     known = {name: setting for part in (*also_known, cls) for name, setting in settings_of(part).items()}
     sections = {name: section for part in (*also_known, cls) for name, section in sections_of(part).items()}
     layer: Layer = {}
-    for key, value in _entries(tree, known, sections, path):
+    for key, value in _entries(_without_shadowed(tree, cls, also_known), known, sections, path):
         if key in layer:
             raise UserError(f"{path}: {key} is given twice, in its section and at the top. Keep one of them.")
         layer[key] = check_value(known[key], value, f"{path}: {key}")
     return {name: value for name, value in layer.items() if name in settings_of(cls)}
+
+
+def _without_shadowed(tree: dict[Any, Any], cls: type, also_known: Sequence[type]) -> dict[Any, Any]:
+    """The tree without the settings of other commands' sections whose names `cls` uses at the top for something else.
+
+    A run's `lora.adapter` is where its training began; the `--adapter` of `jgrpo.generate` is another thing.
+    """
+    own = {name for name, setting in settings_of(cls).items() if not setting.section}
+    theirs = {
+        (setting.section, name) for other in also_known for name, setting in settings_of(other).items() if name in own
+    }
+    return {
+        key: {name: inner for name, inner in value.items() if (key, name) not in theirs}
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+    }
 
 
 def _entries(
