@@ -1,6 +1,8 @@
 """Time, throughput and peak memory of a GRPO step of a model of real shape with random weights.
 
     PYTHONPATH=. python scripts/bench_step.py --preset qwen2.5-1.5b
+    PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.049 python scripts/bench_step.py --preset llama-3.1-8b --prompts 2 \
+        --microbatch-size 2 --kv-cache int8 --int4-embeddings --memory-analysis   # an 8 GB card's 7.4 GB of an H200
     PYTHONPATH=. python scripts/bench_step.py --preset llama-3.1-8b --microbatch-size 4 --offload --steps 5
 
 EOS is ignored, so every completion has `--max-completion-length` tokens; rewards are random and take no time. One JSON
@@ -31,6 +33,7 @@ from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, generate
 from jgrpo.training import Batch, TrainState, grpo_step, make_optimizer
+from jgrpo.training.memory import plan_memory
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L4": 121.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Dense bfloat16, from the vendor's data sheets."""
@@ -46,6 +49,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--microbatch-size", type=int, default=8, help="rows a microbatch (default %(default)s)")
     parser.add_argument("--logprob-workspace", type=float, default=256.0, help="MB of logits (default %(default)s)")
     parser.add_argument("--no-share-prompt", action="store_true", help="compute the prompt once for each completion")
+    parser.add_argument("--kv-cache", choices=("auto", "int8", "fp8"), default="auto", help="of the rollout")
+    parser.add_argument("--rollout-weights", choices=("int4", "bf16", "auto"), default="int4", help="what decodes")
     parser.add_argument("--offload", action="store_true", help="keep the layers' inputs in pinned host memory")
     parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight; above 0: with a reference forward")
@@ -57,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
     parser.add_argument("--phases", default="rollout,update,step", help="which to time (default %(default)s)")
     parser.add_argument("--profile", action="store_true", help="kernel table of one more run of each phase")
-    parser.add_argument("--memory-analysis", action="store_true", help="also what XLA plans for the update's program")
+    parser.add_argument("--memory-analysis", action="store_true", help="also what XLA and jgrpo.plan say")
     parser.add_argument("--peak-tflops", type=float, help="for the utilisation; default: by the device's name")
     return parser.parse_args()
 
@@ -65,11 +70,19 @@ def arguments() -> argparse.Namespace:
 def train_config(args: argparse.Namespace) -> TrainConfig:
     """The settings that the step reads."""
     default = TrainConfig()
+    kept = () if args.int4_embeddings else default.quantization.skip_modules
     return dataclasses.replace(
         default,
         lora=LoraConfig(lora_rank=args.lora_rank, lora_alpha=2.0 * args.lora_rank),
         rollout=dataclasses.replace(
-            default.rollout, num_generations=args.num_generations, max_completion_length=args.max_completion_length
+            default.rollout,
+            num_generations=args.num_generations,
+            max_completion_length=args.max_completion_length,
+            kv_cache=args.kv_cache,
+            rollout_weights=args.rollout_weights,
+        ),
+        quantization=dataclasses.replace(
+            default.quantization, quantization=args.quantization, group_size=args.group_size, skip_modules=kept
         ),
         algorithm=dataclasses.replace(default.algorithm, beta=args.beta),
         training=dataclasses.replace(
@@ -131,6 +144,13 @@ class Bench:
         analysis = grpo_step.lower(self.state, self.base, self.batch, **how).compile().memory_analysis()
         names = ("argument", "output", "alias", "temp", "generated_code", "host_temp")
         return {f"{name}_bytes": getattr(analysis, f"{name}_size_in_bytes") for name in names}
+
+    def predicted_memory(self) -> dict:
+        """What `jgrpo.plan` says, from shapes."""
+        half = self.args.dtype == "bfloat16" and jax.default_backend() == "gpu"
+        plan = plan_memory(self.config, self.model_config, self.args.dtype, self.args.prompt_length, cudnn=half)
+        parts = dataclasses.asdict(plan)
+        return {**parts, "resident": plan.resident, "rollout": plan.rollout, "update": plan.update, "total": plan.total}
 
     def step(self) -> None:
         self.rollout()
@@ -222,6 +242,7 @@ def main() -> None:
                 getattr(bench, phase)()
             print(format_table(table()), flush=True)
     if args.memory_analysis:
+        print(json.dumps({"phase": "prediction", **bench.predicted_memory(), "preset": args.preset}), flush=True)
         print(json.dumps({"phase": "plan", **bench.planned_memory(), "preset": args.preset}), flush=True)
     gap = float(bench.metrics["sampling/sampling_logp_difference/mean"]) if hasattr(bench, "metrics") else None
     print(json.dumps({"phase": "check", "sampler_trainer_gap": gap, "preset": args.preset}), flush=True)
