@@ -51,7 +51,7 @@ def rows_naming(preset):
 
 OWN_ROWS = {
     "ppo": {"token rewards", "GAE", "whitening", "value loss", "`token`", "`clipped`", "`bnpo`"},
-    "online_dpo": {"pairs", "`sigmoid`"},
+    "online_dpo": {"pairs", "`sigmoid`", "truncated completions"},
 }
 """Rows of algorithms that do not have the group's advantages."""
 
