@@ -24,7 +24,8 @@ from jgrpo.config import (
 )
 from jgrpo.errors import UserError
 from jgrpo.settings import build, flatten
-from jgrpo.training.memory import MemoryPlan, best_fit, parse_bytes, plan_memory, refusal, setting_flags, show_plan
+from jgrpo.training.fitting import best_fit, parse_bytes, refusal, setting_flags, show_plan
+from jgrpo.training.memory import MemoryPlan, plan_memory
 from jgrpo.validation import check_batch, check_modules, check_ranges
 
 

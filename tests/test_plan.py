@@ -21,15 +21,8 @@ from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Rollout
 from jgrpo.settings import flatten
 from jgrpo.training import Batch, TrainState, grpo_step
-from jgrpo.training.memory import (
-    alternatives,
-    best_fit,
-    check_memory,
-    parse_bytes,
-    plan_memory,
-    refusal,
-    setting_flags,
-)
+from jgrpo.training.fitting import alternatives, best_fit, check_memory, parse_bytes, refusal, setting_flags
+from jgrpo.training.memory import plan_memory
 from tests.training.setup import cached_optimizer, settings
 
 SHAPE = ModelConfig("qwen2", 4096, 256, 1024, 6, 4, 2, 64, qkv_bias=True, tie_embeddings=True)

@@ -32,8 +32,8 @@ from jgrpo.training.algorithms import ALGORITHMS
 from jgrpo.training.controllers import coefficient_metrics, initial_coefficients, next_coefficients
 from jgrpo.training.experience import Experience, advantages_of, completion_rows, host_metrics, judge, weights_of
 from jgrpo.training.filters import Judged, choose, judged, sample_until_informative, sampling_effort
+from jgrpo.training.fitting import check_memory
 from jgrpo.training.guards import CompileCounter, StopSignals, check_finite, check_first_rollout
-from jgrpo.training.memory import check_memory
 from jgrpo.training.optimizer import make_optimizer
 from jgrpo.training.policy import Policy, compute_dtype, load_policy
 from jgrpo.training.reference import completion_kl, describe_reference, initial_reference, synced
