@@ -58,6 +58,15 @@ def case(request, tmp_path_factory) -> Case:
     return build_case(request.param, tmp_path_factory)
 
 
+FAMILY_CASES = ("llama-biases", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3")
+
+
+@pytest.fixture(scope="session", params=FAMILY_CASES)
+def family(request, tmp_path_factory) -> Case:
+    """One case of every family, for checks in which the variants of a family do not differ."""
+    return build_case(request.param, tmp_path_factory)
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Case:
     """One of them, for what does not depend on the family."""

@@ -44,8 +44,8 @@ def assert_exported_equals_peft(case: Case, lora_config: LoraConfig, directory: 
     assert np.abs(ours - their_logits(case.theirs, tokens, lengths)).max() > 0.1
 
 
-def test_exported_adapter_gives_the_same_logits_in_peft(case, tmp_path):
-    assert_exported_equals_peft(case, LORA, tmp_path / "adapter")
+def test_exported_adapter_gives_the_same_logits_in_peft(family, tmp_path):
+    assert_exported_equals_peft(family, LORA, tmp_path / "adapter")
 
 
 def test_exported_rslora_on_some_modules_gives_the_same_logits_in_peft(llama, tmp_path):
@@ -80,22 +80,22 @@ def test_exported_adapter_loads_back_bit_for_bit(llama, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, lora)
 
 
-def test_gradients_equal_pefts(case, tmp_path):
-    lora, (tokens, lengths) = random_adapter(case.config, LORA), make_tokens()
+def test_gradients_equal_pefts(family, tmp_path):
+    lora, (tokens, lengths) = random_adapter(family.config, LORA), make_tokens()
     # A random linear function of the final hidden states: every position and feature has a gradient of its own.
-    weights = np.random.default_rng(3).normal(size=(*tokens.shape, case.config.hidden_size)).astype(np.float32)
+    weights = np.random.default_rng(3).normal(size=(*tokens.shape, family.config.hidden_size)).astype(np.float32)
     weights *= real(tokens, lengths)[..., None]
-    model = case.model(LORA)
-    loss = lambda lora: jnp.sum(weights * hidden_states(model, case.base, lora, tokens, lengths))  # noqa: E731
+    model = family.model(LORA)
+    loss = lambda lora: jnp.sum(weights * hidden_states(model, family.base, lora, tokens, lengths))  # noqa: E731
     ours = jax.jit(jax.grad(loss))(lora)
 
-    peft_model = in_peft(case, lora, LORA, tmp_path / "adapter", trainable=True)
+    peft_model = in_peft(family, lora, LORA, tmp_path / "adapter", trainable=True)
     for row, n, weight in zip(tokens, lengths, weights, strict=True):
         hidden = peft_model.base_model.model.model(torch.tensor(row[None, :n])).last_hidden_state[0]
         (hidden * torch.tensor(weight[:n])).sum().backward()
     theirs = {name: p.grad.numpy() for name, p in peft_model.named_parameters() if p.requires_grad}
-    modules = module_shapes(case.config)
-    assert len(theirs) == 2 * case.config.num_layers * len(modules)
+    modules = module_shapes(family.config)
+    assert len(theirs) == 2 * family.config.num_layers * len(modules)
     for name, expected in theirs.items():
         layer, module = int(name.split("layers.")[1].split(".")[0]), next(m for m in modules if f".{m}." in name)
         got = ours[module]["a" if "lora_A" in name else "b"][layer]

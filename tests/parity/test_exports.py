@@ -47,11 +47,17 @@ def dequantized_gptq(stored: dict[str, torch.Tensor], stem: str) -> torch.Tensor
     return ((levels - zeros).float() * scales[g_idx[k], n].float()).T.contiguous()
 
 
-def test_gptq_export_is_read_word_by_word_and_by_jgrpo(case, tmp_path):
-    lora, (tokens, lengths) = random_adapter(case.config, LORA), make_tokens()
+def test_gptq_export_is_read_word_by_word_and_by_jgrpo(family, tmp_path):
+    lora, (tokens, lengths) = random_adapter(family.config, LORA), make_tokens()
     out = tmp_path / "gptq"
     export_merged(
-        out, case.path, lora, LORA, case.config, base=case.base, encoding=GPTQEncoding(np.dtype(np.float32), GROUP)
+        out,
+        family.path,
+        lora,
+        LORA,
+        family.config,
+        base=family.base,
+        encoding=GPTQEncoding(np.dtype(np.float32), GROUP),
     )
     stored = safetensors.torch.load_file(out / "model.safetensors")
     stems = [name.removesuffix(".qweight") for name in stored if name.endswith("qweight")]
@@ -60,16 +66,16 @@ def test_gptq_export_is_read_word_by_word_and_by_jgrpo(case, tmp_path):
     dense = {name: value for name, value in stored.items() if not any(name.startswith(f"{stem}.q") for stem in stems)}
     dense = {k: v for k, v in dense.items() if not k.endswith(("scales", "g_idx"))}
     dense |= {f"{stem}.weight": dequantized_gptq(stored, stem) for stem in stems}
-    theirs = load_theirs(case.path)
+    theirs = load_theirs(family.path)
     missing, unexpected = theirs.load_state_dict(dense, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     expected = their_logits(theirs, tokens, lengths)
-    base = load_base(out, case.config, QuantizationConfig())
+    base = load_base(out, family.config, QuantizationConfig())
     assert isinstance(base["layers"]["down"], Int4Weight)
-    assert_same_logits(our_logits(case.model(), base, {}, tokens, lengths), expected)
+    assert_same_logits(our_logits(family.model(), base, {}, tokens, lengths), expected)
     # It is base + adapter up to the rounding of four bits.
-    full = our_logits(case.model(LORA), case.base, lora, tokens, lengths)
+    full = our_logits(family.model(LORA), family.base, lora, tokens, lengths)
     assert np.std(expected - full) < 0.7 * np.std(full)
 
 

@@ -12,21 +12,21 @@ from .conftest import LORA, assert_same_logits, load_theirs, make_tokens, our_lo
 INT4 = QuantizationConfig(group_size=32)
 
 
-def test_merged_int4_base_equals_base_plus_adapter(case, tmp_path):
-    lora, (tokens, lengths) = random_adapter(case.config, LORA), make_tokens()
-    base = load_base(case.path, case.config, INT4, jnp.float32)
+def test_merged_int4_base_equals_base_plus_adapter(family, tmp_path):
+    lora, (tokens, lengths) = random_adapter(family.config, LORA), make_tokens()
+    base = load_base(family.path, family.config, INT4, jnp.float32)
     out = tmp_path / "merged"
-    export_merged(out, case.path, lora, LORA, case.config, base=base, dtype=jnp.float32, max_shard_bytes=150_000)
+    export_merged(out, family.path, lora, LORA, family.config, base=base, dtype=jnp.float32, max_shard_bytes=150_000)
     assert len(list(out.glob("*.safetensors"))) > 1
-    ours = our_logits(case.model(LORA), base, lora, tokens, lengths)
+    ours = our_logits(family.model(LORA), base, lora, tokens, lengths)
     assert_same_logits(ours, their_logits(load_theirs(out), tokens, lengths))
 
 
-def test_merging_an_unquantized_base_or_the_original_weights_is_the_same(case, tmp_path):
-    lora, (tokens, lengths) = random_adapter(case.config, LORA), make_tokens()
-    ours = our_logits(case.model(LORA), case.base, lora, tokens, lengths)
-    for name, base in {"base": case.base, "original": None}.items():
-        out = export_merged(tmp_path / name, case.path, lora, LORA, case.config, base=base, dtype=jnp.float32)
+def test_merging_an_unquantized_base_or_the_original_weights_is_the_same(family, tmp_path):
+    lora, (tokens, lengths) = random_adapter(family.config, LORA), make_tokens()
+    ours = our_logits(family.model(LORA), family.base, lora, tokens, lengths)
+    for name, base in {"base": family.base, "original": None}.items():
+        out = export_merged(tmp_path / name, family.path, lora, LORA, family.config, base=base, dtype=jnp.float32)
         assert_same_logits(ours, their_logits(load_theirs(out), tokens, lengths))
 
 
