@@ -125,21 +125,32 @@ def token_logprobs(
         group: so many rows after each other have the same prompt, which is computed once for them (`Rows.prompt_group`).
         dropout_key: draws the adapter's dropout; None: no dropout.
     """
+    variables = {"params": base, "lora": lora}
+    hidden = completion_states(
+        model, variables, rows, remat=remat, offload=offload, group=group, dropout_key=dropout_key
+    )
+    return head_logprobs(
+        model, variables, hidden, rows.completion_tokens, rows.completion_mask, temperature=temperature, chunk=chunk
+    )
+
+
+def completion_states(
+    model: Transformer,
+    variables: Mapping[str, Any],
+    rows: Rows,
+    *,
+    remat: bool = True,
+    offload: bool = False,
+    group: int = 1,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "B C D"]:
+    """The hidden state that each completion token is predicted from; arguments as in `token_logprobs`."""
     shared = None if group == 1 else SharedPrompt(rows.prompt_lengths[::group], rows.prompt_tokens.shape[1], group)
     tokens, lengths = packed_tokens(rows) if shared is None else grouped_tokens(rows, shared)
-    variables = {"params": base, "lora": lora}
     how: dict[str, Any] = dict(remat=remat, offload=offload, dropout=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden: Any = model.apply(variables, tokens, lengths, shared=shared, rngs=rngs, **how)
-    return head_logprobs(
-        model,
-        variables,
-        completion_hidden(hidden, rows) if shared is None else grouped_hidden(hidden, shared),
-        rows.completion_tokens,
-        rows.completion_mask,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    return completion_hidden(hidden, rows) if shared is None else grouped_hidden(hidden, shared)
 
 
 CHUNK_MULTIPLE = 64

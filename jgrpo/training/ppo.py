@@ -28,7 +28,7 @@ from jgrpo.config import AlgorithmConfig, LoraConfig, TrainConfig
 from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import FINISH_STOP
-from jgrpo.training.forward import Rows, completion_hidden, packed_tokens
+from jgrpo.training.forward import Rows, completion_states
 from jgrpo.training.state import Batch, TrainState
 from jgrpo.training.step import (
     Slices,
@@ -72,16 +72,29 @@ def token_values(
     rows: Rows,
     *,
     remat: bool = True,
+    offload: bool = False,
+    group: int = 1,
     dropout_key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B C"]:
-    """V before each completion token (of the state that the token is chosen in), float32, 0 outside the mask."""
-    tokens, lengths = packed_tokens(rows)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    """V before each completion token (of the state that the token is chosen in), float32, 0 outside the mask.
+
+    Arguments as in `token_logprobs`.
+    """
     variables = {"params": base, "lora": critic["lora"]}
-    hidden: Any = model.apply(variables, tokens, lengths, remat=remat, dropout=dropout_key is not None, rngs=rngs)
-    features = completion_hidden(hidden, rows).astype(jnp.float32)
+    how: dict[str, Any] = dict(remat=remat, offload=offload, group=group, dropout_key=dropout_key)
+    features = completion_states(model, variables, rows, **how).astype(jnp.float32)
     values = jnp.einsum("bcd,d->bc", features, critic["head"]["weight"]) + critic["head"]["bias"]
     return jnp.where(rows.completion_mask, values, 0.0)
+
+
+def _value_forward(
+    model: Transformer, base: Params, config: TrainConfig, critic: Params, rows: Rows, dropout_key: Array | None = None
+) -> Float[Array, "B C"]:
+    """`token_values` with the run's settings."""
+    training = config.training
+    group = rows.prompt_group if training.share_prompt else 1
+    how: dict[str, Any] = dict(remat=training.remat, offload=training.offload, group=group, dropout_key=dropout_key)
+    return token_values(model, base, critic, rows, **how)
 
 
 @partial(jax.jit, static_argnames=("model", "optimizer", "config", "objective"), donate_argnames=("state",))
@@ -109,7 +122,7 @@ def ppo_step(
     """
     objective = objective or objective_from_config(config.algorithm)
     forward = partial(policy_forward, model, frozen(base), config)
-    values = partial(token_values, model, frozen(base), remat=config.training.remat)
+    values = partial(_value_forward, model, frozen(base), config)
     slices = estimate(state, batch, objective, config, forward, values)
     loss = partial(_actor_critic_loss, forward=forward, values=values, objective=objective, config=config.algorithm)
     if "entropy_coef" in state.coefficients:
