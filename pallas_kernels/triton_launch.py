@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax_triton import triton_lib
+from jax_triton import triton_lib  # pyright: ignore[reportMissingImports] - of the GPU extra
 from jaxlib.mlir import ir
 
 _TARGET = "triton_kernel_call_ffi"
@@ -25,7 +26,7 @@ _triton_call_p.multiple_results = True
 
 @_triton_call_p.def_abstract_eval
 def _abstract(*_: Any, out_shapes: Sequence[jax.ShapeDtypeStruct], **__: Any) -> list[Any]:
-    return [jax.core.ShapedArray(out.shape, out.dtype) for out in out_shapes]
+    return [ShapedArray(out.shape, out.dtype) for out in out_shapes]
 
 
 def _lower(ctx: Any, *operands: Any, **params: Any) -> Any:

@@ -50,7 +50,7 @@ class SharedPrompt(struct.PyTreeNode):
     def sequences(self, rows: Float[Array, "B T *D"]) -> Float[Array, "Q S *D"]:
         """The inverse of `rows`; of a prompt's copies, the first."""
         questions, rest, length = self.prompt_lengths.shape[0], rows.shape[2:], rows.shape[1] - self.width
-        split = _permute(rows, *self._orders(length)).reshape(questions, self.group, -1, *rest)
+        split = jnp.reshape(_permute(rows, *self._orders(length)), (questions, self.group, -1, *rest))
         completions = split[:, :, self.width :].reshape(questions, self.group * length, *rest)
         return jnp.concatenate([split[:, 0, : self.width], completions], axis=1)
 
