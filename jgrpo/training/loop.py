@@ -27,6 +27,7 @@ from jgrpo.config import TrainConfig
 from jgrpo.data import Cursor, Example, take
 from jgrpo.reporting import FRESH, Reporter, is_due, make_reporter, memory_metrics
 from jgrpo.rollout import EnvironmentFactory, Rollout, environment_factory
+from jgrpo.rollout.weights import plan_weights
 from jgrpo.training import evaluation
 from jgrpo.training.algorithms import ALGORITHMS
 from jgrpo.training.controllers import coefficient_metrics, initial_coefficients, next_coefficients
@@ -336,7 +337,9 @@ class Run:
 
     def _plan(self) -> list[str]:
         algorithm = f"algorithm: {self.config.algorithm.algorithm}; {describe_reference(self.config.algorithm)}"
-        return [*self.policy.describe(), *self.task.describe(), algorithm]
+        prompts = self.config.training.prompts_per_step, self.task.prompt_width
+        weights = plan_weights(self.policy.model, self.policy.base, self.config.rollout, prompts)
+        return [*self.policy.describe(), *self.task.describe(), algorithm, str(weights)]
 
 
 @contextmanager
