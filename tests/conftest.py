@@ -16,9 +16,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when Triton is first imported, which transformers does where it is installed; "0" runs the kernels on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import jax
+
 
 @pytest.fixture(autouse=True)
 def _own_warnings_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"(jgrpo|pallas_kernels)(\.|$)")
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs() -> Iterator[None]:
+    """A process that keeps every program of the whole suite runs into the kernel's limit on memory maps."""
+    yield
+    jax.clear_caches()
