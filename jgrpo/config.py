@@ -319,6 +319,8 @@ class EvaluationConfig:
     """Held-out prompts."""
     eval_temperature: float = 0.0
     """Temperature of the evaluation's completions; 0: greedy."""
+    eval_generations: int = 1
+    """Completions k of each held-out prompt; from 2 on pass@k and maj@k are reported too (with a temperature above 0)."""
 
 
 @dataclass(frozen=True)

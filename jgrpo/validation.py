@@ -74,7 +74,7 @@ RANGES = (
         lambda v: v > 0,
         "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout "
         "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_workspace max_nonfinite_steps "
-        "max_grad_norm keep_last eval_prompts max_length rows_per_step microbatch_rows max_turns round_length",
+        "max_grad_norm keep_last eval_prompts eval_generations max_length rows_per_step microbatch_rows max_turns round_length",
     ),
     Range(
         "0 or above",
@@ -149,6 +149,7 @@ def check_rewards(config: TrainConfig) -> None:
 # in memory (equal up to rounding: the way out of a run that was stopped for lack of memory).
 RESUME_MAY_CHANGE = frozenset(
     {"output_dir", "resume", "save_every", "keep_last", "eval_every", "eval_prompts", "eval_temperature"}
+    | {"eval_generations"}
     | {"eval_dataset", "log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
     | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "offload", "share_prompt"}
     | {"logprob_workspace", "memory"}

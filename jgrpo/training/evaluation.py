@@ -204,7 +204,10 @@ def _first_rows(count: int, array: jax.Array) -> np.ndarray:
 
 
 def evaluation_metrics(scores: Scores, names: Sequence[str]) -> dict[str, float]:
-    """`eval_reward`, `eval_accuracy` (each with `_ci95`, half the interval), every function's mean, and lengths."""
+    """`eval_reward`, `eval_accuracy` (each with `_ci95`, half the interval), every function's mean, and lengths.
+
+    With k > 1 completions of a prompt also `eval_pass@k` and `eval_maj@k`.
+    """
     reward, accuracy = scores.reward(), scores.accuracy()
     metrics = {
         "eval_reward": reward.mean,
@@ -214,6 +217,10 @@ def evaluation_metrics(scores: Scores, names: Sequence[str]) -> dict[str, float]
         "eval_completions/mean_length": float(scores.lengths.mean()),
         "eval_completions/clipped_ratio": float(1 - scores.terminated.mean()),
     }
+    if (k := scores.correct.shape[1]) > 1:
+        rates = {"pass": scores.pass_at(k), **({"maj": scores.majority_at(k)} if scores.answers else {})}
+        for name, rate in rates.items():
+            metrics |= {f"eval_{name}@{k}": rate.mean, f"eval_{name}@{k}_ci95": rate.half_width}
     for name, values in zip(names, scores.rewards_per_function, strict=True):
         given = values[~np.isnan(values)]
         metrics[f"eval_rewards/{name}/mean"] = float(given.mean()) if len(given) else float("nan")

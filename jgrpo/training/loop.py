@@ -292,7 +292,7 @@ class Run:
         self.reporter.log(step, values)
 
     def _evaluate(self) -> dict[str, float]:
-        config, began = self.config, time.perf_counter()
+        config, settings, began = self.config, self.config.evaluation, time.perf_counter()
         assert self.task.held_out is not None
         scores = evaluation.evaluate_policy(
             self.policy,
@@ -300,11 +300,11 @@ class Run:
             self.task.held_out,
             self.task.rewards,
             self.evaluation_key,
-            sampling=evaluation.held_out_sampling(config.rollout, config.evaluation.eval_temperature),
+            sampling=evaluation.held_out_sampling(config.rollout, settings.eval_temperature, settings.eval_generations),
             reward_config=config.reward,
             prompt_width=self.task.prompt_width,
             batch_size=evaluation.evaluation_batch(
-                config.training.prompts_per_step, config.rollout, self.task.prompt_width
+                config.training.prompts_per_step, config.rollout, self.task.prompt_width, settings.eval_generations
             ),
         )
         metrics = evaluation.evaluation_metrics(scores, self.task.reward_names)

@@ -117,6 +117,15 @@ def test_majority_at_k_is_the_mean_over_disjoint_blocks():
         scores(rewards).majority_at(3)
 
 
+def test_metrics_of_several_samples_have_pass_and_maj_at_k():
+    judged = dataclasses.replace(scores([[[1, 0, 0], [1, 1, 0]]]), answers=(("a", "b", "b"), ("a", "a", "b")))
+    metrics = evaluation_metrics(judged, ["one"])
+    assert metrics["eval_pass@3"] == 1.0
+    assert metrics["eval_maj@3"] == 0.5
+    assert metrics["eval_maj@3_ci95"] > 0
+    assert not [name for name in evaluation_metrics(scores([[[1], [0]]]), ["one"]) if "@" in name]
+
+
 def test_evaluation_needs_no_more_cache_than_training():
     sampling = RolloutConfig(num_generations=8, max_completion_length=512)
     training_positions = 8 * (256 + 8 * 512)
