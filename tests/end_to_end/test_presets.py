@@ -23,7 +23,8 @@ DOCS = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding
 def test_preset_trains(preset, tiny_run, tmp_path):
     """Two steps in which the adapter moves, from the preset's own objective."""
     settings = {**tiny_run, "steps": 2, "eval_every": 0, "save_every": 0, "log_completions_every": 0}
-    if preset == "online_dpo":  # it makes no pairs of completions that were cut off, and a random model seldom draws its EOS
+    # online_dpo makes no pairs of completions that were cut off, and a random model seldom draws its EOS.
+    if preset == "online_dpo":
         settings |= {"stop_token_ids": tuple(range(60))}
     config = resolve_config(preset=preset, overrides={**settings, "output_dir": str(tmp_path / "run")})
     assert config.algorithm == load_config(preset_path(preset)).algorithm
