@@ -164,17 +164,16 @@ def differences(results: Sequence[Result]) -> dict[str, Interval]:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One row a policy and way of sampling."""
+    """One column a policy and way of sampling, one row a number: that fits a terminal of 80 columns."""
     prompts = results[0].scores.correct.shape[0]
-    columns = list(dict.fromkeys(name for result in results for name in result.numbers()))
     shown = Table(title=f"{prompts} held-out prompts, ± 95 % confidence", title_justify="left")
-    for name in ("policy", "sampling", *columns, "length", "cut off"):
-        shown.add_column(name, justify="left" if name in ("policy", "sampling") else "right")
+    shown.add_column("")
     for result in results:
-        numbers = {name: str(value) for name, value in result.numbers().items()}
-        length, cut_off = result.scores.lengths.mean(), 1 - result.scores.terminated.mean()
-        cells = (numbers.get(name, "") for name in columns)
-        shown.add_row(result.policy, result.sampling, *cells, f"{length:.0f}", f"{cut_off:.0%}")
+        shown.add_column(f"{result.policy}\n{result.sampling}", justify="right")
+    for name in dict.fromkeys(name for result in results for name in result.numbers()):
+        shown.add_row(name, *(str(result.numbers().get(name, "")) for result in results))
+    shown.add_row("mean length", *(f"{result.scores.lengths.mean():.0f}" for result in results))
+    shown.add_row("cut off", *(f"{1 - result.scores.terminated.mean():.0%}" for result in results))
     return shown
 
 
