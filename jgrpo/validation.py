@@ -148,9 +148,9 @@ def check_rewards(config: TrainConfig) -> None:
 # These don't: where and how often things are written and measured, and how the same gradient is computed
 # in memory (equal up to rounding: the way out of a run that was stopped for lack of memory).
 RESUME_MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "save_every", "keep_last", "eval_every", "eval_prompts", "eval_temperature"}
-    | {"eval_generations"}
-    | {"eval_dataset", "log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
+    {"output_dir", "resume", "save_every", "keep_last"}
+    | {"eval_every", "eval_prompts", "eval_temperature", "eval_generations", "eval_dataset"}
+    | {"log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
     | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "offload", "share_prompt"}
     | {"logprob_workspace", "memory"}
 )

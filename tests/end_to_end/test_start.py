@@ -1,6 +1,7 @@
 """What a run starts from: an adapter made elsewhere, a base quantized dynamically, a LongRoPE model beyond its pretraining."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -64,5 +65,9 @@ def test_longrope_beyond_its_pretraining(tiny_run, tmp_path):
     rope = dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0] * 8, long_factor=[2.0] * 8)
     sizes = dict(original_max_position_embeddings=16, rope_parameters=rope)
     model = make_checkpoint(tmp_path / "phi", "phi3", **sizes)
-    # Rows of up to 24 positions; the step itself compares the sampler's log-probabilities with the trainer's.
+    # Rows of up to 24 positions: the sampler's cached keys and the trainer's whole rows are rotated alike.
     run(tiny_run, tmp_path / "run", model=str(model))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    gaps = [row["sampling/sampling_logp_difference/max"] for row in map(json.loads, lines) if row["step"] > 0]
+    assert gaps
+    assert max(gaps) < 1e-4
