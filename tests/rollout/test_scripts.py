@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,20 @@ def test_bench_prints_json_and_a_table() -> None:
     assert 0 < row["fraction"] < 1
     column = lines.splitlines()[-3].split().index("tokens_per_s")
     assert lines.splitlines()[-1].split()[column] == str(row["tokens_per_s"])
+
+
+def test_the_start_is_measured_cold_and_warm(tmp_path: Path) -> None:
+    flags = "--preset tiny --weights bf16 --prompts 1 --group 2 --prompt-len 4 --new-tokens 3"
+    lines = run("scripts/measure_start.py", *flags.split(), "--cache", str(tmp_path)).splitlines()
+    cold, warm = map(json.loads, lines)
+    assert (cold["state"], warm["state"]) == ("cold", "warm")
+    assert (cold["hits"], warm["misses"]) == (0, 0)
+    assert cold["misses"] == warm["hits"] > 0
+    for row in (cold, warm):
+        parts = sum(row[name] for name in ("import", "context", "load", "trace", "triton", "xla", "run"))
+        assert abs(parts - row["total"]) < 0.1
+
+
+def test_overlapping_spans_count_once() -> None:
+    covered = runpy.run_path(str(ROOT / "scripts" / "measure_start.py"))["covered"]
+    assert covered([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (0.5, 1.0)]) == 3.5
