@@ -134,6 +134,8 @@ class RolloutConfig:
     kv_cache: Literal["auto", "int8", "fp8"] = "auto"
     """Keys and values in the compute dtype (auto), or in 8 bits with a scale for each slot and head: half the memory and
     traffic of bfloat16, for a small gap between the sampler's and the trainer's log-probabilities."""
+    prompts_at_once: int | None = None
+    """Prompts that are sampled at the same time, G completions each: what the KV cache has room for; null: all."""
 
 
 @dataclass(frozen=True)

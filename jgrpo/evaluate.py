@@ -127,7 +127,7 @@ def _check(settings: EvaluateConfig) -> None:
         raise UserError(
             f"samples is {settings.samples}, batch_size {settings.batch_size}: expected at least 0 and at least 1"
         )
-    names = ("max_completion_length", "temperature", "top_k", "top_p", "min_p")
+    names = ("max_completion_length", "temperature", "top_k", "top_p", "min_p", "prompts_at_once")
     check_ranges({**{name: getattr(settings.rollout, name) for name in names}, **vars(settings.evaluation)})
 
 

@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kv", nargs="+", choices=("auto", "int8", "fp8"), default=["auto"], help="kv_cache of the config"
     )
+    parser.add_argument("--prompts-at-once", type=int, help="of the config: prompts in one cache (default all)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=0)
@@ -140,6 +141,7 @@ class Workload:
             decode_layers=case.layers,
             compaction=case.compaction == "on",
             kv_cache=case.kv,
+            prompts_at_once=args.prompts_at_once,
         )
 
     def measure(self, case: Case) -> dict:

@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--microbatch-size", type=int, default=8, help="rows a microbatch (default %(default)s)")
     parser.add_argument("--logprob-workspace", type=float, default=256.0, help="MB of logits (default %(default)s)")
     parser.add_argument("--no-share-prompt", action="store_true", help="compute the prompt once for each completion")
+    parser.add_argument("--prompts-at-once", type=int, help="prompts that are sampled at the same time (default all)")
     parser.add_argument("--kv-cache", choices=("auto", "int8", "fp8"), default="auto", help="of the rollout")
     parser.add_argument("--rollout-weights", choices=("int4", "bf16", "auto"), default="int4", help="what decodes")
     parser.add_argument("--offload", action="store_true", help="keep the layers' inputs in pinned host memory")
@@ -79,6 +80,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             num_generations=args.num_generations,
             max_completion_length=args.max_completion_length,
             kv_cache=args.kv_cache,
+            prompts_at_once=args.prompts_at_once,
             rollout_weights=args.rollout_weights,
         ),
         quantization=dataclasses.replace(

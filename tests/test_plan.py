@@ -168,25 +168,35 @@ def of(config):
     return plan_memory(config, SHAPE, jnp.bfloat16, PROMPT, cudnn=True)
 
 
-def test_best_fit_changes_nothing_that_fits_and_the_batch_last():
+def test_best_fit_changes_nothing_that_fits_and_never_the_batch():
     chosen = config(prompts_per_step=4, microbatch_size=16, logprob_workspace=32.0)
     assert best_fit(chosen, of, of(chosen).total) == chosen
     assert best_fit(chosen, of, 1) is None
     options = list(alternatives(chosen))
     assert options[0] == chosen
-    changes_batch = [option.training.prompts_per_step != 4 for option in options]
-    assert changes_batch == sorted(changes_batch)
+    assert {option.training.prompts_per_step for option in options} == {4}
     assert all(option.training.prompts_per_step * 4 % option.training.microbatch_size == 0 for option in options)
     # A little less than it needs: only the microbatch shrinks.
     best = best_fit(chosen, of, of(chosen).total - 1)
     assert setting_flags(chosen, best).startswith("--microbatch-size")
     assert of(best).total < of(chosen).total
 
-    # Less than any setting of the same batch needs, where the cache of its rollout is what is large.
+
+def test_best_fit_samples_fewer_prompts_then_in_8_bits_then_quantizes_more():
+    """Where the cache of the rollout is what is large: each limit is just below what the settings before it need."""
     chosen = config(prompts_per_step=4, microbatch_size=16, max_completion_length=4096, num_generations=64)
-    options = list(alternatives(chosen))
-    same_batch = min(of(option).total for option in options if option.training.prompts_per_step == 4)
-    assert "--prompts-per-step 2" in setting_flags(chosen, best_fit(chosen, of, same_batch - 1))
+    limit, seen = of(chosen).total, []
+    while (best := best_fit(chosen, of, limit)) is not None:
+        rollout, packed = best.rollout, best.quantization.skip_modules == ()
+        seen.append((rollout.prompts_at_once, rollout.kv_cache, packed))
+        limit = of(best).total - 1
+    assert list(dict.fromkeys(seen)) == [
+        *[(at_once, "auto", False) for at_once in (None, 2, 1)],
+        (1, "int8", False),
+        (1, "int8", True),
+    ]
+    changed = dataclasses.replace(chosen, quantization=dataclasses.replace(chosen.quantization, skip_modules=()))
+    assert setting_flags(chosen, changed) == "--skip-modules"
 
 
 def run(capsys, *argv):
@@ -210,7 +220,7 @@ def test_command_needs_no_weights_and_no_gpu(tmp_path, capsys):
 
 
 def test_command_refuses_what_never_fits(tmp_path):
-    with pytest.raises(UserError, match=r"needs .* GB of 0.50 GB: no smaller batch fits"):
+    with pytest.raises(UserError, match=r"needs .* GB of 0.50 GB: no settings fit"):
         command.main(["--model", qwen(tmp_path), "--device-memory", "500MB"])
     with pytest.raises(UserError, match="expected something like 8GB"):
         command.main(["--model", qwen(tmp_path), "--device-memory", "much"])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,19 @@ from jgrpo.config import RolloutConfig
 from jgrpo.models import Transformer
 from jgrpo.rollout import compaction
 from jgrpo.rollout.compaction import Bucket, Stage
-from jgrpo.rollout.sampler import Params, Recorded, Setup, chunking, prefill, row_uniforms, run_chunks, to_rollout
+from jgrpo.rollout.sampler import (
+    Params,
+    Recorded,
+    Setup,
+    chunking,
+    prefill,
+    row_keys,
+    row_uniforms,
+    run_chunks,
+    to_rollout,
+)
 from jgrpo.rollout.types import Prompts, Rollout
-from jgrpo.rollout.weights import decoding_variables, merge, plan_weights, unrolls
+from jgrpo.rollout.weights import at_once, decoding_variables, merge, plan_weights, unrolls
 
 
 def generate(
@@ -36,11 +46,51 @@ def generate(
 
     Compiled once for each shape of `prompts`, and once for each shape that long tails shrink to when one first does. The
     same key gives the same tokens; `lora = {}` samples from the base model. `row_limits` gives rows lower limits of
-    their own. Not to be called inside `jit`: it looks at which rows have ended; `rollout_program` is.
+    their own. With `config.prompts_at_once` so many prompts are sampled after each other, all in the same programs, and
+    every row draws what it draws with all at once. Not to be called inside `jit`: it looks at which rows have ended;
+    `rollout_program` is.
     """
     questions, width = prompts.tokens.shape
-    shape = (questions, config.num_generations)
     merged = merge(model, base, lora) if plan_weights(model, base, config, (questions, width)).merged else None
+    draw = functools.partial(_generate, model, base, lora, merged, config=config, eos_ids=eos_ids, pad_id=pad_id)
+    size = at_once(config, questions)
+    if size == questions:
+        return draw(prompts, key, row_limits)
+    keys = row_keys(key, (questions, config.num_generations))
+    parts = _parts(size, prompts, keys, row_limits, config.max_completion_length)
+    return jax.tree.map(lambda *drawn: jnp.concatenate(drawn)[:questions], *(draw(*part) for part in parts))
+
+
+def _parts(
+    size: int, prompts: Prompts, keys: PRNGKeyArray, row_limits: Array | None, limit: int
+) -> Iterator[tuple[Prompts, PRNGKeyArray, Array | None]]:
+    """`size` prompts after the others, with their rows' keys and limits; what fills up the last ones may draw nothing."""
+    questions = len(prompts.lengths)
+    if questions % size and row_limits is None:
+        row_limits = jnp.full(keys.shape, limit, jnp.int32)
+    for start in range(0, questions, size):
+        index = np.minimum(np.arange(start, start + size), questions - 1)
+        limits = row_limits
+        if limits is not None:
+            limits = jnp.where(np.arange(start, start + size)[:, None] < questions, limits[index], 0)
+        yield jax.tree.map(lambda array, index=index: jnp.asarray(array)[index], prompts), keys[index], limits
+
+
+def _generate(
+    model: Transformer,
+    base: Params,
+    lora: Params,
+    merged: Any,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    row_limits: Array | None,
+    *,
+    config: RolloutConfig,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Rollout:
+    """`generate` of all these prompts at once; `key` may be the rows' own keys."""
+    shape = (prompts.tokens.shape[0], config.num_generations)
     smaller = compaction.buckets(*shape) if config.compaction else ()
     if not smaller:
         how = dict(eos_ids=eos_ids, pad_id=pad_id, row_limits=row_limits, merged=merged)
@@ -73,7 +123,10 @@ def rollout_program(
     row_limits: Int32[Array, "Q G"] | None = None,
     merged: Mapping[str, Any] | None = None,
 ) -> Rollout:
-    """`generate` as one program, at one shape from the first token to the last; `merged` is `weights.merge`'s copy."""
+    """`generate` as one program, all prompts at once, at one shape from the first token to the last.
+
+    `merged` is `weights.merge`'s copy; `key` may be the rows' own keys (`sampler.row_keys`).
+    """
     setup = Setup.create(model, config, eos_ids, pad_id)
     variables = decoding_variables(model, base, lora, merged, unrolls(config))
     stage = _begin(setup, base, lora, prompts, key, row_limits)

@@ -101,6 +101,7 @@ def generate_turns(
     """
     stop_strings = tuple(environments[0].stop_strings)
     settings = _round_settings(config, stop_strings, tokenizer)
+    rows_at_once = config.prompts_at_once and config.prompts_at_once * config.num_generations
     conversations = [Conversation(environment, config.max_completion_length) for environment in environments]
     live, number = list(range(len(conversations))), 0
     while live:
@@ -120,7 +121,7 @@ def generate_turns(
         for row in live:
             _end_turn(conversations[row], stop_strings, settings.stop_token_ids + eos_ids, tokenizer, config.max_turns)
         live = [row for row in live if conversations[row].finish is None]
-        settings = dataclasses.replace(settings, num_generations=1, compaction=False)
+        settings = dataclasses.replace(settings, num_generations=1, compaction=False, prompts_at_once=rows_at_once)
         number += 1
     return _rollout(prompts, conversations, config, pad_id)
 

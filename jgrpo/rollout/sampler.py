@@ -121,9 +121,14 @@ def chunking(max_completion_length: int, max_chunk: int = MAX_CHUNK) -> tuple[in
     return -(-max_completion_length // count), count
 
 
+def row_keys(key: PRNGKeyArray, rows: tuple[int, ...]) -> PRNGKeyArray:
+    """A key for each row, which depends on its number alone, not on how many there are."""
+    return jax.random.split(key, rows)
+
+
 def row_uniforms(key: PRNGKeyArray, rows: tuple[int, ...], tokens: int) -> Float32[Array, "tokens Q G"]:
-    """One number in [0, 1) for each token of each row, every row with its own key."""
-    keys = jax.random.split(key, rows)
+    """One number in [0, 1) for each token of each row, every row with its own key (`key` may be the rows' keys already)."""
+    keys = key if key.shape == rows else row_keys(key, rows)
     per_row = jax.vmap(jax.vmap(lambda row: jax.random.uniform(row, (tokens,))))(keys)
     return jnp.moveaxis(per_row, -1, 0)
 

@@ -21,7 +21,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jgrpo.config import RolloutConfig
-from jgrpo.lora import fuse, matrix_modules, module_shapes
+from jgrpo.lora import fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.quantization import MixedWeight, PackedWeight, dequantize
 
@@ -49,7 +49,7 @@ def plan_weights(model: Transformer, base: Params, config: RolloutConfig, prompt
     if config.rollout_weights != "auto":
         return WeightsPlan(config.rollout_weights == "bf16", f"rollout_weights: {config.rollout_weights}")
     sizes = sum(leaf.nbytes for leaf in jax.tree.leaves(base)), merged_bytes(model)
-    rows = prompts[0] * config.num_generations
+    rows = at_once(config, prompts[0]) * config.num_generations
     cache = cache_bytes(model, config, prompts)
     return choose_weights(rows, *sizes, cache, _device_bytes())
 
@@ -71,9 +71,23 @@ def merged_bytes(model: Transformer) -> int:
     return model.config.num_layers * sum(rows * width for rows, width in widths) * jnp.dtype(model.dtype).itemsize
 
 
+def fused_bytes(model: Transformer) -> int:
+    """Size of the adapter as `decoding_adapter` lays it out."""
+    config, rank = model.config, model.lora.lora_rank
+    own = own_modules(model.lora.target_modules, config)
+    ranks = {m: rank * sum(name in own for name in names) for m, names in matrix_modules(config).items()}
+    numbers = sum(ranks[matrix] * sum(shape) for matrix, shape in matrix_shapes(config).items())
+    return config.num_layers * numbers * jnp.dtype(model.dtype).itemsize
+
+
+def at_once(config: RolloutConfig, questions: int) -> int:
+    """How many of that many prompts are sampled at the same time."""
+    return min(config.prompts_at_once or questions, questions)
+
+
 def cache_bytes(model: Transformer, config: RolloutConfig, prompts: tuple[int, int]) -> int:
-    """Size of the keys and values of (Q, P) prompts and their completions."""
-    shape, (questions, width) = model.config, prompts
+    """Size of the keys and values of (Q, P) prompts and their completions, of those that are sampled at the same time."""
+    shape, questions, width = model.config, at_once(config, prompts[0]), prompts[1]
     wide = shape.head_dim * jnp.dtype(model.dtype).itemsize
     head = wide if config.kv_cache == "auto" else shape.head_dim + 4  # a byte each and a float32 scale
     token = 2 * shape.num_layers * shape.num_kv_heads * head

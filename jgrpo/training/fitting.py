@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from jgrpo.config import TrainConfig, TrainingConfig
+from jgrpo.config import QuantizationConfig, RolloutConfig, TrainConfig, TrainingConfig
 from jgrpo.errors import UserError
 from jgrpo.models import ModelConfig
+from jgrpo.rollout.weights import at_once
 from jgrpo.settings import flag, flatten
 from jgrpo.training.memory import MemoryPlan, plan_memory
 
@@ -49,20 +50,38 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+EMBEDDINGS = ("lm_head", "embed_tokens")
+
+
 def alternatives(config: TrainConfig) -> Iterator[TrainConfig]:
     """Settings that need less memory, the ones that cost least first.
 
     Smaller microbatches come before offload, which costs transfers, and a microbatch below a group, which computes its prompt
-    more than once, after it; then the rollout's cache in 8 bits. Only then come fewer prompts a step: all others train the
-    same, this is a smaller batch.
+    more than once, after it. Then fewer prompts are sampled at a time, which costs time alone; then the rollout's cache is
+    in 8 bits, then the embedding and the head in four, which costs precision. The batch is never made smaller: with one
+    prompt sampled at a time and one completion in a microbatch, the peak does not depend on it.
     """
-    for prompts in _divisors(config.training.prompts_per_step, config.algorithm.num_minibatches):
-        fewer = dataclasses.replace(config.training, prompts_per_step=prompts)
-        completions = prompts // config.algorithm.num_minibatches * config.rollout.num_generations
-        for cache in dict.fromkeys((config.rollout.kv_cache, "int8")):
-            rollout = dataclasses.replace(config.rollout, kv_cache=cache)
-            for changed in _less_activation(fewer, config.rollout.num_generations, completions):
-                yield dataclasses.replace(config, training=changed, rollout=rollout)
+    prompts = config.training.prompts_per_step
+    completions = prompts // config.algorithm.num_minibatches * config.rollout.num_generations
+    trainings = _less_activation(config.training, config.rollout.num_generations, completions)
+    for quantization in _less_base(config.quantization):
+        for rollout in _less_cache(config.rollout, prompts):
+            for training in trainings:
+                yield dataclasses.replace(config, training=training, rollout=rollout, quantization=quantization)
+
+
+def _less_base(quantization: QuantizationConfig) -> list[QuantizationConfig]:
+    """As chosen, and with embedding and head in four bits."""
+    kept = tuple(name for name in quantization.skip_modules if name not in EMBEDDINGS)
+    packed = dataclasses.replace(quantization, skip_modules=kept)
+    return [quantization] if quantization.quantization == "none" or packed == quantization else [quantization, packed]
+
+
+def _less_cache(rollout: RolloutConfig, prompts: int) -> list[RolloutConfig]:
+    """Fewer prompts at a time, then the same with codes of 8 bits."""
+    parts = [size if size < prompts else rollout.prompts_at_once for size in _divisors(at_once(rollout, prompts))]
+    caches = dict.fromkeys((rollout.kv_cache, "int8"))
+    return [dataclasses.replace(rollout, kv_cache=cache, prompts_at_once=part) for cache in caches for part in parts]
 
 
 def _less_activation(training: TrainingConfig, group: int, completions: int) -> list[TrainingConfig]:
@@ -80,9 +99,9 @@ def _less_activation(training: TrainingConfig, group: int, completions: int) -> 
     return sorted(options, key=cost)
 
 
-def _divisors(total: int, multiple: int = 1) -> list[int]:
-    """Divisors of `total` that are multiples of `multiple`, the largest first."""
-    return [n for n in range(total, 0, -1) if total % n == 0 and n % multiple == 0]
+def _divisors(total: int) -> list[int]:
+    """Divisors of `total`, the largest first."""
+    return [n for n in range(total, 0, -1) if total % n == 0]
 
 
 def best_fit(config: TrainConfig, plan: Callable[[TrainConfig], MemoryPlan], limit: int) -> TrainConfig | None:
@@ -93,8 +112,12 @@ def best_fit(config: TrainConfig, plan: Callable[[TrainConfig], MemoryPlan], lim
 def setting_flags(before: TrainConfig, after: TrainConfig) -> str:
     """What to add to the command line to get from one to the other."""
     old, new = flatten(before), flatten(after)
-    changed = [f"{flag(name)} {str(value).lower()}" for name, value in new.items() if value != old[name]]
+    changed = [f"{flag(name)} {_argument(value)}".rstrip() for name, value in new.items() if value != old[name]]
     return " ".join(changed) or "as chosen"
+
+
+def _argument(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value).lower()
 
 
 def check_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_width: int, console: Console) -> None:
@@ -126,7 +149,5 @@ def refusal(config: TrainConfig, planned: MemoryPlan, free: int, best: TrainConf
         f"{config.model.model} with {config.batch_in_words} needs {planned.total / 1e9:.2f} GB of {free / 1e9:.2f} GB"
     )
     if best is None:
-        return (
-            f"{needs}: no smaller batch fits; lower max_completion_length or lora_rank, or quantize more (skip_modules)"
-        )
+        return f"{needs}: no settings fit; lower max_completion_length or lora_rank, or quantize more (skip_modules)"
     return f"{needs}: what fits is {setting_flags(config, best)}"

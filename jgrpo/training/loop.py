@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from jgrpo.config import TrainConfig
 from jgrpo.data import Cursor, Example, take
 from jgrpo.reporting import FRESH, Reporter, is_due, make_reporter, memory_metrics
 from jgrpo.rollout import EnvironmentFactory, Rollout, environment_factory
-from jgrpo.rollout.weights import plan_weights
+from jgrpo.rollout.weights import at_once, plan_weights
 from jgrpo.training import evaluation
 from jgrpo.training.algorithms import ALGORITHMS
 from jgrpo.training.controllers import coefficient_metrics, initial_coefficients, next_coefficients
@@ -294,18 +295,24 @@ class Run:
     def _evaluate(self) -> dict[str, float]:
         config, settings, began = self.config, self.config.evaluation, time.perf_counter()
         assert self.task.held_out is not None
+        prompts = config.training.prompts_per_step
+        sampling = evaluation.held_out_sampling(config.rollout, settings.eval_temperature, settings.eval_generations)
+        batch = partial(
+            evaluation.evaluation_batch,
+            sampling=config.rollout,
+            prompt_width=self.task.prompt_width,
+            num_generations=settings.eval_generations,
+        )
         scores = evaluation.evaluate_policy(
             self.policy,
             self.state.lora,
             self.task.held_out,
             self.task.rewards,
             self.evaluation_key,
-            sampling=evaluation.held_out_sampling(config.rollout, settings.eval_temperature, settings.eval_generations),
+            sampling=dataclasses.replace(sampling, prompts_at_once=batch(at_once(config.rollout, prompts))),
             reward_config=config.reward,
             prompt_width=self.task.prompt_width,
-            batch_size=evaluation.evaluation_batch(
-                config.training.prompts_per_step, config.rollout, self.task.prompt_width, settings.eval_generations
-            ),
+            batch_size=batch(prompts),
         )
         metrics = evaluation.evaluation_metrics(scores, self.task.reward_names)
         return {**metrics, "time/evaluation": time.perf_counter() - began}

@@ -3,7 +3,7 @@
 The peak of a step is what lives through it plus the larger of its two halves:
 
     total = base + adapter + optimizer + runtime + max(rollout, update)
-    rollout = KV cache + logits + merged copy                    (freed before the update)
+    rollout = KV cache + max(prefill, sampling)                  (freed before the update)
     update = gradients + layer inputs + max(layer, log-probs)    (a layer's backward and the head's never coincide)
 
 Terms, with b the bytes of the compute dtype, S = q·P + B·C the positions of a microbatch (q prompts, B rows), R = B·(P + C)
@@ -18,13 +18,18 @@ those of its attention rows, and W = (H + 2K)·Hd:
   the compute dtype. Without remat each layer keeps that first part, and 2·D + 2·F a position more, which remat fuses away.
 - log-probs: the logits of a chunk in float32 and their gradient (`logprob_chunk`), hidden states of the completions,
   twice, and a packed head in the compute dtype.
-- logits of the sampler: V float32 numbers for each row, twice (drawn from, and their cumulated or perturbed copy).
+- KV cache: of the prompts that are sampled at the same time (`prompts_at_once`).
+- prefill: one layer over their prompts, in the MLP: 3·F and 3·D a position, and the layer's largest matrix.
+- sampling: V float32 logits for each row, twice (drawn from, and their cumulated or perturbed copy), and what decodes
+  beside the base: the adapter in the compute dtype, its B's laid out for the base's matrices (`jgrpo.lora.fuse`), or
+  the merged copy.
 - runtime: workspaces of cuBLAS and cuDNN and compiled programs, 80 MB measured on an H200; none on a CPU.
 
 The coefficients are those of the layer's own data flow; tests hold them to 10 % of what XLA plans for compiled steps.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import gcd, prod
 from typing import Any
 
@@ -32,11 +37,11 @@ import jax
 import jax.numpy as jnp
 
 from jgrpo.checkpoints.hf import leaf_group_size
-from jgrpo.config import TrainConfig
+from jgrpo.config import QuantizationConfig, TrainConfig
 from jgrpo.lora import module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.models.attention import QUERY_BLOCK
-from jgrpo.rollout.weights import cache_bytes, matrix_shapes, merged_bytes
+from jgrpo.rollout.weights import at_once, cache_bytes, fused_bytes, matrix_shapes, merged_bytes
 from jgrpo.training.forward import logprob_chunk
 
 RUNTIME_BYTES = 80_000_000
@@ -53,6 +58,7 @@ class MemoryPlan:
     optimizer: int
     runtime: int
     kv_cache: int
+    prefill: int
     sampling: int
     gradients: int
     layer_inputs: int
@@ -69,7 +75,7 @@ class MemoryPlan:
     @property
     def rollout(self) -> int:
         """The rollout's own."""
-        return self.kv_cache + self.sampling
+        return self.kv_cache + max(self.prefill, self.sampling)
 
     @property
     def update(self) -> int:
@@ -92,7 +98,8 @@ class MemoryPlan:
             ("optimizer", self.optimizer, "AdamW's moments"),
             ("runtime", self.runtime, "workspaces of the libraries"),
             ("KV cache", self.kv_cache, "rollout"),
-            ("sampling", self.sampling, "rollout: logits, merged copy"),
+            ("prefill", self.prefill, "rollout"),
+            ("sampling", self.sampling, "rollout: logits, adapter or merged copy"),
             ("gradients", self.gradients, "update"),
             ("activations", self.layer_inputs, f"update: layer inputs{on_host}"),
             ("one layer", self.layer, "update" + (": at its peak" if work == "layer" else "")),
@@ -116,15 +123,19 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
     layer_inputs, kept, peak = _activations(config, shape, jnp.dtype(dtype).itemsize, prompt_width, cudnn)
     offloaded = config.training.offload and config.training.remat
     layers = shape.num_layers
-    rows = config.training.prompts_per_step * config.rollout.num_generations
-    merged = merged_bytes(model) if config.rollout.rollout_weights == "bf16" else 0
+    prompts = at_once(config.rollout, config.training.prompts_per_step)
+    rows = prompts * config.rollout.num_generations
+    decoding = merged_bytes(model) if config.rollout.rollout_weights == "bf16" else fused_bytes(model)
+    matrix = max(out * width for out, width in matrix_shapes(shape).values()) * jnp.dtype(dtype).itemsize
+    wide = 3 * (shape.hidden_size + shape.intermediate_size) * jnp.dtype(dtype).itemsize
     return MemoryPlan(
         base=base_bytes(config, shape, dtype),
         adapter=adapter,
         optimizer=2 * adapter,
         runtime=RUNTIME_BYTES if cudnn else 0,
         kv_cache=cache_bytes(model, config.rollout, (config.training.prompts_per_step, prompt_width)),
-        sampling=2 * rows * shape.vocab_size * 4 + merged,
+        prefill=prompts * prompt_width * wide + matrix,
+        sampling=2 * rows * shape.vocab_size * 4 + decoding,
         gradients=2 * adapter,
         layer_inputs=(2 if offloaded else layers) * layer_inputs
         + (0 if config.training.remat else (layers - 1) * kept),
@@ -136,17 +147,20 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
 
 def base_bytes(config: TrainConfig, shape: ModelConfig, dtype: Any) -> int:
     """Bytes of the frozen weights as the loader stores them; with `quantization: dynamic` at its whole budget."""
+    return _base_bytes(config.quantization, shape, jnp.dtype(dtype).itemsize)
 
+
+@cache  # a search over settings asks thousands of times about few bases
+def _base_bytes(quantization: QuantizationConfig, shape: ModelConfig, item: int) -> int:
     def leaf(path: Any, array: Any) -> int:
         name = tuple(key.key for key in path)
-        group = leaf_group_size(name, shape, config.quantization)
+        group = leaf_group_size(name, shape, quantization)
         if group is None:
-            return prod(array.shape) * jnp.dtype(dtype).itemsize
+            return prod(array.shape) * item
         return prod(array.shape) // 2 + prod(array.shape) // group * SCALE_BYTES
 
-    total = sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(leaf, base_shapes(shape, dtype))))
-    is_dynamic = config.quantization.quantization == "dynamic"
-    return round(total * (1 + config.quantization.dynamic_budget)) if is_dynamic else total
+    total = sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(leaf, base_shapes(shape, jnp.float32))))
+    return round(total * (1 + quantization.dynamic_budget)) if quantization.quantization == "dynamic" else total
 
 
 def adapter_bytes(config: TrainConfig, shape: ModelConfig) -> int:

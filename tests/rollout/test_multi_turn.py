@@ -221,3 +221,10 @@ def test_prompts_of_a_later_round_are_the_live_conversations():
     fewer, limits = _continued(seen, conversations, [3], PAD)
     assert fewer.tokens.tolist() == [[9, 5, PAD, PAD, PAD]]
     assert limits.tolist() == [[1]]
+
+
+def test_fewer_prompts_at_once_say_the_same(replied):
+    rollout, _ = converse(Reply, dataclasses.replace(CONFIG, prompts_at_once=3))
+    for one, whole in zip(rows(rollout), rows(replied[0]), strict=True):
+        np.testing.assert_array_equal(one[0], whole[0])
+        np.testing.assert_array_equal(one[1], whole[1])
