@@ -269,6 +269,8 @@ class OptimizerConfig:
     """Decay of the second moment."""
     max_grad_norm: float = 1.0
     """Clip bound of the global gradient norm."""
+    optimizer_bits: Literal[32, 8] = 32
+    """Bits of an element of either moment; 8: block-wise, 2 bytes a parameter instead of 8 (docs/memory.md)."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jgrpo.config import (
     DataConfig,
     LoraConfig,
     ModelSettings,
+    OptimizerConfig,
     QuantizationConfig,
     RolloutConfig,
     TrainConfig,
@@ -41,6 +42,7 @@ class PlanSettings:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 

@@ -94,8 +94,9 @@ def _packed(leaf, name, config):
         {"remat": False},
         {"logprob_workspace": 100.0, "microbatch_size": 16},
         {"target_modules": LINEAR_MODULES, "lora_rank": 64},
+        {"target_modules": LINEAR_MODULES, "lora_rank": 64, "optimizer_bits": 8},
     ],
-    ids=["shared prompt", "separate rows", "no remat", "large batch", "large adapter"],
+    ids=["shared prompt", "separate rows", "no remat", "large batch", "large adapter", "8-bit moments"],
 )
 def test_plan_is_what_xla_plans(values):
     chosen = config(**values)

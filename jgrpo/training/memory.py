@@ -9,7 +9,8 @@ The peak of a step is what lives through it plus the larger of its two halves:
 Terms, with b the bytes of the compute dtype, S = q·P + B·C the positions of a microbatch (q prompts, B rows), R = B·(P + C)
 those of its attention rows, and W = (H + 2K)·Hd:
 
-- optimizer: AdamW's two moments, float32; gradients: the sum over microbatches and the microbatch's own, float32.
+- optimizer: AdamW's two moments, float32 or 8 bits (`jgrpo.training.adam8bit`); gradients: the sum over microbatches and the
+  microbatch's own, float32.
 - layer inputs: L·S·D·b, which remat keeps; on the host with `offload`, where two stay on the device in passing.
 - layer: the largest moment of one layer's backward. In the MLP: gate, up, their product, and the gradients of all three, 6·F a
   position, beside what the layer recomputed before (7·D, W, H·Hd a position, W + 2·H·Hd an attention row). In attention: its
@@ -42,6 +43,7 @@ from jgrpo.lora import module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.models.attention import QUERY_BLOCK
 from jgrpo.rollout.weights import at_once, cache_bytes, fused_bytes, matrix_shapes, merged_bytes
+from jgrpo.training.adam8bit import state_bytes
 from jgrpo.training.forward import logprob_chunk
 
 RUNTIME_BYTES = 80_000_000
@@ -131,7 +133,7 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
     return MemoryPlan(
         base=base_bytes(config, shape, dtype),
         adapter=adapter,
-        optimizer=2 * adapter,
+        optimizer=state_bytes(adapter_sizes(config, shape), config.optimizer.optimizer_bits),
         runtime=RUNTIME_BYTES if cudnn else 0,
         kv_cache=cache_bytes(model, config.rollout, (config.training.prompts_per_step, prompt_width)),
         prefill=prompts * prompt_width * wide + matrix,
@@ -165,9 +167,14 @@ def _base_bytes(quantization: QuantizationConfig, shape: ModelConfig, item: int)
 
 def adapter_bytes(config: TrainConfig, shape: ModelConfig) -> int:
     """Bytes of the adapter in float32."""
+    return 4 * sum(adapter_sizes(config, shape))
+
+
+def adapter_sizes(config: TrainConfig, shape: ModelConfig) -> list[int]:
+    """Elements of each of the adapter's leaves: B and A of every module, stacked over the layers."""
     modules = module_shapes(shape)
-    widths = sum(sum(modules[name]) for name in own_modules(config.lora.target_modules, shape))
-    return 4 * shape.num_layers * config.lora.lora_rank * widths
+    widths = [width for name in own_modules(config.lora.target_modules, shape) for width in modules[name]]
+    return [shape.num_layers * config.lora.lora_rank * width for width in widths]
 
 
 def _activations(

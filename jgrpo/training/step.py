@@ -36,6 +36,7 @@ from jgrpo.algorithms.masks import top_entropy_mask
 from jgrpo.config import TrainConfig
 from jgrpo.models import Transformer
 from jgrpo.rollout import FINISH_STOP
+from jgrpo.training.adam8bit import Moment
 from jgrpo.training.forward import Rows, logprob_chunk, rows_of, token_logprobs
 from jgrpo.training.state import Batch, TrainState
 
@@ -231,9 +232,15 @@ def guarded_update(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     apply = finite & has_tokens
-    changes, new_opt_state = optimizer.update(grads, opt_state, lora)
+    changes, new_opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, lora, apply=apply)
     new = (optax.apply_updates(lora, changes), new_opt_state)
-    lora, opt_state = jax.tree.map(lambda after, before: jnp.where(apply, after, before), new, (lora, opt_state))
+
+    def chosen(after: Any, before: Any) -> Any:
+        # 8-bit moments heed `apply` themselves, in place: to choose here, both versions would have to exist.
+        return after if isinstance(after, Moment) else jnp.where(apply, after, before)
+
+    is_leaf = lambda leaf: isinstance(leaf, Moment)  # noqa: E731
+    lora, opt_state = jax.tree.map(chosen, new, (lora, opt_state), is_leaf=is_leaf)
     return (lora, opt_state, jnp.where(finite, 0, nonfinite + 1)), {"grad_norm": norm, "skipped": ~apply}
 
 
