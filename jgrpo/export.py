@@ -20,7 +20,8 @@ from jgrpo.checkpoints import train_state
 from jgrpo.checkpoints.adapter import export_adapter, load_adapter
 from jgrpo.checkpoints.atomic import atomic_directory, check_free
 from jgrpo.checkpoints.gguf_file import TYPES as GGUF_TYPES
-from jgrpo.checkpoints.gguf_file import gguf_note, read_gguf, write_gguf
+from jgrpo.checkpoints.gguf_file import read_gguf, write_gguf
+from jgrpo.checkpoints.gguf_metadata import gguf_note
 from jgrpo.checkpoints.gptq import GPTQEncoding
 from jgrpo.checkpoints.hf import load_base, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.merged import export_merged, merged_rows

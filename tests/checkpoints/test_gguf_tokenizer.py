@@ -43,7 +43,8 @@ def test_byte_fallback_tokenizers_merge_by_score(tmp_path):
         ({"use_regex": True}, "gpt-2"),
         ({}, "default"),
         ({"split": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}, "qwen2"),
-        ({"split": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}, "llama-bpe"),
+        ({"split": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", "ignore_merges": True}, "llama-bpe"),
+        ({"split": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}, "dbrx"),
     ],
 )  # fmt: skip
 def test_byte_level_tokenizers_are_known_by_their_split(change, expected, tmp_path):
@@ -56,6 +57,7 @@ def test_byte_level_tokenizers_are_known_by_their_split(change, expected, tmp_pa
         else []
     )
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, byte_level]}
+    tokenizer["model"]["ignore_merges"] = change.get("ignore_merges", False)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert written(tmp_path, tmp_path)["pre"] == expected
 
@@ -67,4 +69,15 @@ def test_other_kinds_are_refused(tmp_path):
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": {"type": "Unigram", "vocab": []}}))
     with pytest.raises(UserError, match="'Unigram' is not supported for GGUF, expected 'BPE'"):
+        written(tmp_path, tmp_path)
+
+
+def test_a_merging_tokenizer_without_a_split_is_refused(tmp_path):
+    # llama.cpp's "default" splits; only where nothing is merged is that the same.
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = [["!", "!"]]
+    tokenizer["model"]["vocab"]["!!"] = 262
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"name of the split \[\] is not known"):
         written(tmp_path, tmp_path)
