@@ -108,9 +108,17 @@ class Transformer(nn.Module):
         positions = self._positions(tokens, segments, shared)
         key = self.make_rng("dropout") if dropout and self.lora.lora_dropout > 0 else None
 
-        def body(x: Array, layer: Array) -> tuple[Array, None]:
+        # What a layer reads of these is an input of the scan, so that their gradient is an output of its backward, a layer at a
+        # time; of an array that the body indexed, every layer would add a gradient of all layers to the sum. Packed
+        # weights have no gradient, and the kernels read them at their place in the stack.
+        sliced = {name: leaf for name, leaf in base["layers"].items() if isinstance(leaf, Array)}
+
+        def body(x: Array, inputs: tuple[Array, Any, Any]) -> tuple[Array, None]:
+            layer, own, own_lora = inputs
+            weights = {**base["layers"], **own}
+
             def attend(qkv: Array) -> tuple[Array, None]:
-                q, k, v = self._heads(qkv, positions, base["layers"], layer)
+                q, k, v = self._heads(qkv, positions, weights, layer)
                 if shared is None:
                     return self._attention(q, k, v, lengths, layer, segments), None
                 q, k, v = (shared.rows(part) for part in (q, k, v))
@@ -118,13 +126,13 @@ class Transformer(nn.Module):
 
             x = checkpoint_name(x, LAYER_INPUT)
             layer_key = None if key is None else jax.random.fold_in(key, layer)
-            adapter = fuse(layer_slice(lora, layer), self.config, self.lora.scale, self.dtype)
-            return self._layer(x, base["layers"], layer, adapter, attend, layer_key)
+            adapter = fuse(own_lora, self.config, self.lora.scale, self.dtype)
+            return self._layer(x, weights, layer, adapter, attend, layer_key)
 
         if remat:
             policy = OFFLOAD_LAYER_INPUTS if offload else jax.checkpoint_policies.nothing_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x, _ = jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))
+        x, _ = jax.lax.scan(body, self._embed(base, tokens), (jnp.arange(self.config.num_layers), sliced, lora))
         return self._norm(x, base["final_norm"])
 
     @nn.compact
@@ -299,7 +307,7 @@ class Transformer(nn.Module):
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
 
     def _norm(self, x: Array, scale: Array, layer: int | Array | None = None) -> Array:
-        return rms_norm(x, scale if layer is None else scale[layer], self.config.rms_norm_eps, self.config.norm_offset)
+        return rms_norm(x, _of_layer(scale, layer), self.config.rms_norm_eps, self.config.norm_offset)
 
     def _out_norm(self, y: Array, weights: Any, name: str, layer: int | Array) -> Array:
         return self._norm(y, weights[name], layer) if self.config.sandwich_norms else y
@@ -384,7 +392,7 @@ class _Linear:
         else:
             y = matmul(x, weight, self.layer, adapter)
         bias = self.weights.get(f"{name}_bias")
-        return y if bias is None else y + bias[self.layer].astype(y.dtype)
+        return y if bias is None else y + _of_layer(bias, self.layer).astype(y.dtype)
 
     def _drop(self, name: str, x: Array) -> Array:
         # Inverted dropout on the adapter's input, one mask for each base matrix.
@@ -392,6 +400,11 @@ class _Linear:
         key = jax.random.fold_in(self.key, sorted(self.adapter).index(name))
         keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def _of_layer(vector: Array, layer: int | Array | None) -> Array:
+    """`[D]` of a layer: a row of the stack, or what has no layer axis itself."""
+    return vector if vector.ndim == 1 else vector[layer]
 
 
 def _is_fused(lora: Any) -> bool:
