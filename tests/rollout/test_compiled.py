@@ -1,5 +1,6 @@
 """What the compiled rollout must not contain: full-precision weights and copies of the cache in its loop."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 
 from jgrpo.config import RolloutConfig
 from jgrpo.rollout import Prompts, rollout_program
+from jgrpo.rollout.weights import matrix_shapes, merge
 from tests.rollout.conftest import MATRICES, Policy
 from tests.rollout.test_sampler import full_logits
 
@@ -91,6 +93,35 @@ def test_the_search_finds_a_copied_cache() -> None:
     loop = jax.jit(lambda x: jax.lax.fori_loop(0, 10, step, (x, x)))
     body = loop_bodies(loop.lower(cache).compile().as_text())
     assert any(size >= cache.size for _, _, size in instructions(body, named="copy"))
+
+
+@pytest.fixture(scope="module")
+def unrolled(int4_policy: Policy, prompts: Prompts) -> str:
+    """The program of a merged copy with its layers written out, which is what a GPU runs from 64 rows on."""
+    config = dataclasses.replace(CONFIG, decode_layers="unrolled", rollout_weights="bf16", top_p=1.0)
+    merged = merge(*int4_policy)
+    how = dict(eos_ids=(1,), pad_id=0, merged=merged)
+    return rollout_program.lower(*int4_policy, prompts, jax.random.key(0), config, **how).compile().as_text()
+
+
+def test_unrolled_layers_copy_neither_cache_nor_weights(unrolled: str, int4_policy: Policy, prompts: Prompts) -> None:
+    config, rows = int4_policy.model.config, prompts.tokens.shape[0] * GROUP
+    layer = rows * config.num_kv_heads * CONFIG.max_completion_length * config.head_dim
+    matrices = {int(np.prod(shape)) for shape in matrix_shapes(config).values()}
+    body = loop_bodies(unrolled)
+    assert any(size == config.num_layers * layer for _, _, size in instructions(body, named="dynamic-update-slice"))
+    for moving in ("copy", "transpose", "concatenate"):
+        # The prefill dequantizes the base in a loop of its own.
+        made = [(line, size) for line, _, size in instructions(body, named=moving) if "Transformer.prefill" not in line]
+        assert [line for line, size in made if size >= config.num_layers * layer or size in matrices] == []
+
+
+def test_the_host_waits_once_a_chunk_for_unrolled_layers(unrolled: str) -> None:
+    loops = [line for line in unrolled.splitlines() if " while(" in line]
+    assert len([line for line in loops if "known_trip_count" not in line]) == 1
+    assert not re.search(
+        r"(outfeed|infeed|send|recv)\(|custom_call_target=\"xla_(ffi_)?(partitioned_)?python", unrolled
+    )
 
 
 def test_temporary_memory_is_two_caches_and_little_else(

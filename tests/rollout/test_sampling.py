@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jgrpo.rollout.sampling import draw, keep_threshold, truncate
+from jgrpo.rollout import sampling
+from jgrpo.rollout.sampling import draw, exp_sums, keep_threshold, truncate
 
 SETTINGS = [
     dict(),
@@ -21,6 +22,12 @@ SETTINGS = [
     dict(top_k=20, top_p=0.8, min_p=0.02),
     dict(top_k=3, top_p=0.99, min_p=0.3),
 ]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of the reductions run anywhere."""
+    monkeypatch.setattr(sampling, "on_gpu", lambda: request.param)
 
 
 def oracle(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
@@ -58,6 +65,17 @@ def test_threshold_is_exact_for_extreme_and_signed_values() -> None:
     for k in range(1, 8):
         threshold = float(keep_threshold(row, top_k=k)[0])
         assert threshold == np.sort(np.asarray(row[0]))[::-1][k - 1]
+
+
+def test_exp_sums_of_ordinary_and_empty_blocks() -> None:
+    values = np.random.default_rng(0).normal(0, 30, (4, 5, 33)).astype(np.float32)
+    values[0, 0], values[1, 1, 3:], values[2, 2, 0] = -np.inf, -np.inf, 3e38
+    highest, sums = exp_sums(jnp.asarray(values))
+    np.testing.assert_array_equal(highest, values.max(-1))
+    wide = values.astype(np.float64)
+    shift = np.where(np.isinf(values.max(-1)), 0, wide.max(-1))
+    np.testing.assert_allclose(sums, np.exp(wide - shift[..., None]).sum(-1), rtol=1e-6)
+    assert sums[0, 0] == 0
 
 
 def test_ties_at_the_boundary_are_all_kept() -> None:
