@@ -289,6 +289,9 @@ class TrainingConfig:
     """One dial for microbatch_size, remat, offload and logprob_workspace; those given as well win over it."""
     share_prompt: bool = True
     """Compute a prompt once for its completions in a microbatch, in training too."""
+    length_buckets: int | None = None
+    """Sizes K that a microbatch's completions are packed into in training, without their padding: k/K of the padded size, a branch
+    of the compiled program each; 1: the padding is computed; null: 8, on a CPU 1 (compiling takes longer than it saves)."""
     remat: bool = True
     """Recompute each layer in the backward instead of keeping its activations."""
     offload: bool = False

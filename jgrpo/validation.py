@@ -75,7 +75,7 @@ RANGES = (
         "lora_rank lora_alpha max_prompt_length max_completion_length temperature reward_timeout "
         "num_iterations num_minibatches steps prompts_per_step microbatch_size logprob_workspace max_nonfinite_steps "
         "max_grad_norm keep_last eval_prompts eval_generations max_length rows_per_step microbatch_rows max_turns round_length "
-        "prompts_at_once",
+        "prompts_at_once length_buckets",
     ),
     Range(
         "0 or above",
@@ -153,7 +153,7 @@ RESUME_MAY_CHANGE = frozenset(
     | {"eval_every", "eval_prompts", "eval_temperature", "eval_generations", "eval_dataset"}
     | {"log_completions_every", "tensorboard", "wandb", "wandb_project", "reward_timeout"}
     | {"reward_errors", "max_nonfinite_steps", "microbatch_size", "microbatch_rows", "remat", "offload", "share_prompt"}
-    | {"logprob_workspace", "memory", "prompts_at_once"}
+    | {"logprob_workspace", "memory", "prompts_at_once", "length_buckets"}
 )
 
 

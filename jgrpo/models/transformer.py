@@ -28,6 +28,7 @@ from jgrpo.lora import fuse, layer_slice
 from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
+from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
         lengths: Int[Array, " B"],
         *,
         segments: Int[Array, "B T"] | None = None,
-        shared: SharedPrompt | None = None,
+        shared: SharedPrompt | PackedRows | None = None,
         remat: bool = False,
         offload: bool = False,
         dropout: bool = False,
@@ -100,8 +101,8 @@ class Transformer(nn.Module):
         """Final hidden states (normed) of right-padded rows, each starting at position 0.
 
         `segments` numbers the sequences packed into a row, neighbours differently: none sees another, and each starts at
-        position 0. With `shared`, tokens and result are `[Q, P + G·C]` (a prompt, its completions) and `lengths` those of
-        the Q·G rows (prompt and completion) for which the result holds. `remat` recomputes each layer in the backward from
+        position 0. With `shared`, tokens and result are `[Q, P + G·C]` (a prompt, its completions), or all of them without
+        padding in one row, and `lengths` those of the rows (prompt and completion) that they stand for. `remat` recomputes each layer in the backward from
         its input, which `offload` keeps in pinned host memory; `dropout` draws the adapter's mask from the rng "dropout".
         """
         base, lora = self._base(), self._lora()
@@ -333,7 +334,7 @@ class Transformer(nn.Module):
         freqs, factors = zip(*tables, strict=True)
         return jnp.asarray(freqs)[local], jnp.asarray(factors)[local]
 
-    def _positions(self, tokens: Array, segments: Array | None, shared: SharedPrompt | None) -> Array:
+    def _positions(self, tokens: Array, segments: Array | None, shared: SharedPrompt | PackedRows | None) -> Array:
         """Where each token stands in its sequence."""
         length = tokens.shape[1]
         self._check_positions(length if shared is None else shared.width + shared.completion_length(length))

@@ -15,18 +15,22 @@ difference), so the two agree to rounding under any sampling settings.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import pallas_kernels
 from jgrpo.models import Transformer
+from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Rollout
+
+T = TypeVar("T")
 
 
 class Rows(struct.PyTreeNode):
@@ -38,6 +42,10 @@ class Rows(struct.PyTreeNode):
     completion_mask: Bool[Array, "B C"]
     num_generations: int = struct.field(pytree_node=False, default=1)
     """Rows next to each other that continue one prompt; a slice that starts at a multiple of it may end inside a group."""
+    buckets: int = struct.field(pytree_node=False, default=1)
+    """Sizes that `at_length` chooses among; 1: the padding is computed."""
+    capacity: int | None = struct.field(pytree_node=False, default=None)
+    """Positions that the completions are packed into; None: each has its C."""
 
     @property
     def prompt_group(self) -> int:
@@ -48,8 +56,37 @@ class Rows(struct.PyTreeNode):
         """
         return math.gcd(self.prompt_lengths.shape[0], self.num_generations)
 
+    @property
+    def completion_lengths(self) -> Int[Array, " B"]:
+        """Tokens of each completion."""
+        return self.completion_mask.sum(axis=1, dtype=jnp.int32)
 
-def rows_of(rollout: Rollout) -> Rows:
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Sizes `capacity` that the rows may be packed into, ascending; the last holds any rows of the shape."""
+        rows, length = self.completion_tokens.shape
+        buckets = min(self.buckets, max(rows * length // BUCKET_POSITIONS, 1))
+        return tuple(-(-rows * length * number // buckets) for number in range(1, buckets + 1))
+
+
+BUCKET_POSITIONS = 256
+"""Sizes that are not this many positions apart are not worth a program of their own."""
+
+
+def at_length(function: Callable[[Rows], T], rows: Rows) -> T:
+    """`function(rows)` with the rows packed into the smallest of their `capacities`: one branch of the compiled program each.
+
+    The function has to differentiate itself: a gradient of this one would keep what every branch keeps.
+    """
+    capacities = rows.capacities
+    if len(capacities) == 1:
+        return function(rows)
+    branches = [lambda rows, size=size: function(rows.replace(capacity=size)) for size in capacities]
+    number = jnp.searchsorted(jnp.asarray(capacities), rows.completion_mask.sum())
+    return jax.lax.switch(number, branches, rows)
+
+
+def rows_of(rollout: Rollout, buckets: int = 1) -> Rows:
     """The Q · G rows of a rollout, completions of one question next to each other."""
     num_generations, length = rollout.completion_tokens.shape[1:]
     return Rows(
@@ -58,6 +95,7 @@ def rows_of(rollout: Rollout) -> Rows:
         completion_tokens=rollout.completion_tokens.reshape(-1, length),
         completion_mask=rollout.completion_mask.reshape(-1, length),
         num_generations=num_generations,
+        buckets=buckets,
     )
 
 
@@ -68,7 +106,7 @@ def packed_tokens(rows: Rows) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     offset = position - rows.prompt_lengths[:, None]
     completion = jnp.take_along_axis(rows.completion_tokens, jnp.clip(offset, 0, completion_length - 1), axis=1)
     prompt = jnp.pad(rows.prompt_tokens, ((0, 0), (0, completion_length)))
-    lengths = rows.prompt_lengths + rows.completion_mask.sum(axis=1, dtype=jnp.int32)
+    lengths = rows.prompt_lengths + rows.completion_lengths
     tokens = jnp.where(offset < 0, prompt, completion)
     return jnp.where(position < lengths[:, None], tokens, 0), lengths
 
@@ -84,7 +122,7 @@ def completion_hidden(hidden: Float[Array, "B T D"], rows: Rows) -> Float[Array,
 def grouped_tokens(rows: Rows, shared: SharedPrompt) -> tuple[Int[Array, "Q S"], Int[Array, " B"]]:
     """Each prompt with its completions behind it, S = P + G·C, and the length of each row."""
     completions = rows.completion_tokens.reshape(-1, shared.group * rows.completion_tokens.shape[1])
-    lengths = rows.prompt_lengths + rows.completion_mask.sum(axis=1, dtype=jnp.int32)
+    lengths = rows.prompt_lengths + rows.completion_lengths
     return jnp.concatenate([rows.prompt_tokens[:: shared.group], completions], axis=1), lengths
 
 
@@ -126,12 +164,25 @@ def token_logprobs(
         dropout_key: draws the adapter's dropout; None: no dropout.
     """
     variables = {"params": base, "lora": lora}
+    packed = packing_of(rows, group)
     hidden = completion_states(
         model, variables, rows, remat=remat, offload=offload, group=group, dropout_key=dropout_key
     )
-    return head_logprobs(
-        model, variables, hidden, rows.completion_tokens, rows.completion_mask, temperature=temperature, chunk=chunk
-    )
+    how: dict[str, Any] = dict(temperature=temperature, chunk=chunk)
+    if packed is None:
+        return head_logprobs(model, variables, hidden, rows.completion_tokens, rows.completion_mask, **how)
+    outputs = head_logprobs(model, variables, hidden, packed.pack(rows.completion_tokens), packed.used, **how)
+    logprobs, entropy = map(packed.unpack, outputs)
+    return logprobs, entropy
+
+
+def packing_of(rows: Rows, group: int) -> PackedRows | None:
+    """The layout of packed rows; None if they are not packed."""
+    if rows.capacity is None:
+        return None
+    width, limit = rows.prompt_tokens.shape[1], rows.completion_tokens.shape[1]
+    lengths = rows.prompt_lengths, rows.completion_lengths
+    return PackedRows.create(*lengths, width=width, limit=limit, group=group, capacity=rows.capacity)
 
 
 def completion_states(
@@ -143,14 +194,25 @@ def completion_states(
     offload: bool = False,
     group: int = 1,
     dropout_key: PRNGKeyArray | None = None,
-) -> Float[Array, "B C D"]:
-    """The hidden state that each completion token is predicted from; arguments as in `token_logprobs`."""
-    shared = None if group == 1 else SharedPrompt(rows.prompt_lengths[::group], rows.prompt_tokens.shape[1], group)
-    tokens, lengths = packed_tokens(rows) if shared is None else grouped_tokens(rows, shared)
+) -> Float[Array, "*B D"]:
+    """The hidden state that each completion token is predicted from; arguments as in `token_logprobs`.
+
+    `[B, C, D]`, or `[capacity, D]` of packed rows (`packing_of`).
+    """
     how: dict[str, Any] = dict(remat=remat, offload=offload, dropout=dropout_key is not None)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    hidden: Any = model.apply(variables, tokens, lengths, shared=shared, rngs=rngs, **how)
-    return completion_hidden(hidden, rows) if shared is None else grouped_hidden(hidden, shared)
+    how["rngs"] = None if dropout_key is None else {"dropout": dropout_key}
+    hidden: Any
+    if (packed := packing_of(rows, group)) is not None:
+        tokens = jnp.concatenate([rows.prompt_tokens[::group].reshape(-1), packed.pack(rows.completion_tokens)])
+        lengths = rows.prompt_lengths + rows.completion_lengths
+        hidden = model.apply(variables, tokens[None], lengths, shared=packed, **how)
+        return packed.predicting(hidden)
+    if group == 1:
+        hidden = model.apply(variables, *packed_tokens(rows), **how)
+        return completion_hidden(hidden, rows)
+    shared = SharedPrompt(rows.prompt_lengths[::group], rows.prompt_tokens.shape[1], group)
+    hidden = model.apply(variables, *grouped_tokens(rows, shared), shared=shared, **how)
+    return grouped_hidden(hidden, shared)
 
 
 CHUNK_MULTIPLE = 64
@@ -167,13 +229,13 @@ def logprob_chunk(model: Transformer, workspace: float) -> int:
 def head_logprobs(
     model: Transformer,
     variables: Mapping[str, Any],
-    hidden: Float[Array, "B C D"],
-    targets: Int[Array, "B C"],
-    mask: Bool[Array, "B C"],
+    hidden: Float[Array, "*B D"],
+    targets: Int[Array, "*B"],
+    mask: Bool[Array, "*B"],
     *,
     temperature: float,
     chunk: int,
-) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """log π(target) and the entropy of π from the hidden states that predict the targets; 0 outside the mask."""
     head: Any = model.apply(variables, method="head_weight")
     arrays = (head.packed, head.scales) if isinstance(head, Int4Weight) else head

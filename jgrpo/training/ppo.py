@@ -28,10 +28,11 @@ from jgrpo.config import AlgorithmConfig, LoraConfig, TrainConfig
 from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import FINISH_STOP
-from jgrpo.training.forward import Rows, completion_states
+from jgrpo.training.forward import Rows, completion_states, packing_of
 from jgrpo.training.state import Batch, TrainState
 from jgrpo.training.step import (
     Slices,
+    batch_split,
     dropout_key_of,
     frozen,
     map_slices,
@@ -83,7 +84,9 @@ def token_values(
     variables = {"params": base, "lora": critic["lora"]}
     how: dict[str, Any] = dict(remat=remat, offload=offload, group=group, dropout_key=dropout_key)
     features = completion_states(model, variables, rows, **how).astype(jnp.float32)
-    values = jnp.einsum("bcd,d->bc", features, critic["head"]["weight"]) + critic["head"]["bias"]
+    values = jnp.einsum("...d,d->...", features, critic["head"]["weight"]) + critic["head"]["bias"]
+    if (packed := packing_of(rows, group)) is not None:
+        return packed.unpack(values)
     return jnp.where(rows.completion_mask, values, 0.0)
 
 
@@ -147,12 +150,12 @@ def estimate(
     state: TrainState, batch: Batch, objective: Objective, config: TrainConfig, forward: Any, values: Any
 ) -> ValueSlices:
     """The batch in slices, with token advantages and returns; KL, whitening and top entropies are of the whole batch."""
-    algorithm, training = config.algorithm, config.training
+    algorithm = config.algorithm
     known = ~jnp.isnan(batch.rewards)
     rollout = dataclasses.replace(batch.rollout, loss_mask=batch.rollout.policy_mask & known[..., None])
     # Slices carry what a row has one of: here its score.
     scored = batch.replace(rollout=rollout, advantages=jnp.where(known, batch.rewards, 0.0))
-    slices = slice_batch(scored, objective, algorithm.num_minibatches, training.microbatch_size)
+    slices = slice_batch(scored, objective, *batch_split(config))
     old, entropy = jnp.zeros(slices.mask.shape), jnp.zeros(slices.mask.shape)
     # With one update and neither a KL nor a choice of tokens, nothing reads them: no forward.
     if algorithm.num_iterations * algorithm.num_minibatches > 1 or objective.reward_beta or objective.top_entropy < 1:

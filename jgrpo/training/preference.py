@@ -29,6 +29,7 @@ from jgrpo.rollout import FINISH_STOP
 from jgrpo.training.forward import Rows, rows_of
 from jgrpo.training.state import Batch, TrainState
 from jgrpo.training.step import (
+    batch_split,
     dropout_key_of,
     frozen,
     map_slices,
@@ -86,7 +87,7 @@ def online_dpo_step(
     """
     objective = objective or objective_from_config(config.algorithm)
     forward = partial(policy_forward, model, frozen(base), config)
-    slices = slice_pairs(batch, objective, config.algorithm.num_minibatches, config.training.microbatch_size)
+    slices = slice_pairs(batch, objective, *batch_split(config))
     slices = slices.replace(ref_logprobs=map_slices(slices.rows, partial(forward, state.reference))[0])
     loss = partial(_pairs_loss, forward=forward, pair_loss=preference_from_config(config.algorithm))
     updates = config.algorithm.num_iterations * config.algorithm.num_minibatches
@@ -102,7 +103,7 @@ def online_dpo_step(
     return state.replace(step=state.step + 1, lora=lora, opt_state=opt_state, nonfinite=nonfinite), metrics
 
 
-def slice_pairs(batch: Batch, objective: Objective, minibatches: int, size: int) -> PairSlices:
+def slice_pairs(batch: Batch, objective: Objective, minibatches: int, size: int, length_buckets: int = 1) -> PairSlices:
     """The chosen and the rejected completion of each question, cut into minibatches and microbatches.
 
     Raises:
@@ -115,7 +116,8 @@ def slice_pairs(batch: Batch, objective: Objective, minibatches: int, size: int)
     pairs = select_pairs(jnp.where(mask.any(axis=-1), batch.rewards, jnp.nan))
     of_pairs = partial(take_pairs, pairs=pairs)
     completions = ("completion_tokens", "completion_lengths", "completion_mask")
-    rows = rows_of(dataclasses.replace(rollout, **{name: of_pairs(getattr(rollout, name)) for name in completions}))
+    chosen = dataclasses.replace(rollout, **{name: of_pairs(getattr(rollout, name)) for name in completions})
+    rows = rows_of(chosen, length_buckets)
     per_minibatch = questions // minibatches
     held = largest_divisor(per_minibatch, size // CHOSEN_THEN_REJECTED)
     valid = pairs.valid.reshape(minibatches, -1)

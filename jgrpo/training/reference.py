@@ -22,9 +22,9 @@ from jgrpo.checkpoints.adapter import load_adapter
 from jgrpo.config import AlgorithmConfig, LoraConfig, TrainConfig
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Rollout
-from jgrpo.training.forward import Rows, rows_of
+from jgrpo.training.forward import Rows, at_length, rows_of
 from jgrpo.training.state import TrainState
-from jgrpo.training.step import policy_forward
+from jgrpo.training.step import batch_split, policy_forward
 
 Lora = Mapping[str, Any]
 
@@ -76,13 +76,13 @@ def completion_kl(
 
     `microbatch_size` rows at a time; raises ValueError if it does not divide the completions.
     """
-    size, mask = config.training.microbatch_size, rollout.policy_mask
+    (_, size, buckets), mask = batch_split(config), rollout.policy_mask
     if mask[..., 0].size % size:
         raise ValueError(f"{mask[..., 0].size} completions do not divide into microbatches of {size} rows")
-    rows = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[1:]), rows_of(rollout))
+    rows = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[1:]), rows_of(rollout, buckets))
 
     def of(part: Rows) -> Array:
         return kl_k1(*(policy_forward(model, base, config, adapter, part)[0] for adapter in (lora, reference)))
 
-    kl = jax.lax.map(of, rows).reshape(mask.shape)
+    kl = jax.lax.map(partial(at_length, of), rows).reshape(mask.shape)
     return masked_sum(kl, mask, axis=-1), masked_mean(kl, mask)

@@ -37,12 +37,15 @@ from jgrpo.config import TrainConfig
 from jgrpo.models import Transformer
 from jgrpo.rollout import FINISH_STOP
 from jgrpo.training.adam8bit import Moment
-from jgrpo.training.forward import Rows, logprob_chunk, rows_of, token_logprobs
+from jgrpo.training.forward import Rows, at_length, logprob_chunk, rows_of, token_logprobs
 from jgrpo.training.state import Batch, TrainState
 
 Params = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 T = TypeVar("T")
+
+DEFAULT_BUCKETS = 8
+"""`length_buckets` on an accelerator: on the average 1/16 of the padded size is padding that is computed."""
 
 
 class Slices(struct.PyTreeNode):
@@ -87,7 +90,7 @@ def grpo_step(
         base: frozen weights; differentiating through them raises TypeError.
         batch: Q divisible by `num_minibatches`, the rows of a minibatch by `microbatch_size`.
         model, optimizer, config: static. Of the config, `algorithm`, `temperature`, `lora_dropout`,
-            `microbatch_size`, `share_prompt`, `remat`, `offload` and `logprob_workspace` are read.
+            `microbatch_size`, `share_prompt`, `length_buckets`, `remat`, `offload` and `logprob_workspace` are read.
         objective: what to minimise; None: `objective_from_config(config.algorithm)`. Static.
 
     Returns:
@@ -100,7 +103,7 @@ def grpo_step(
     """
     objective = objective or objective_from_config(config.algorithm)
     forward = partial(policy_forward, model, frozen(base), config)
-    slices = slice_batch(batch, objective, config.algorithm.num_minibatches, config.training.microbatch_size)
+    slices = slice_batch(batch, objective, *batch_split(config))
     updates = config.algorithm.num_iterations * config.algorithm.num_minibatches
     if updates > 1 or objective.top_entropy < 1:
         old, entropy = map_slices(slices.rows, partial(forward, state.lora))
@@ -138,7 +141,20 @@ def _frozen_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
     raise TypeError("the base model is frozen: differentiate with respect to the adapter (lora), not base")
 
 
-def slice_batch(batch: Batch, objective: Objective, minibatches: int, size: int) -> Slices:
+def batch_split(config: TrainConfig) -> tuple[int, int, int]:
+    """Minibatches, rows of a microbatch, and sizes that a microbatch may be packed into, as `slice_batch` takes them."""
+    return config.algorithm.num_minibatches, config.training.microbatch_size, length_buckets(config)
+
+
+def length_buckets(config: TrainConfig) -> int:
+    """`length_buckets` of the settings, or what it is on this backend."""
+    chosen = config.training.length_buckets
+    if chosen is not None:
+        return chosen
+    return 1 if jax.default_backend() == "cpu" else DEFAULT_BUCKETS
+
+
+def slice_batch(batch: Batch, objective: Objective, minibatches: int, size: int, length_buckets: int = 1) -> Slices:
     """Rows, masks and weights of a batch, cut into minibatches by question and into microbatches of `size` rows.
 
     Raises:
@@ -158,7 +174,7 @@ def slice_batch(batch: Batch, objective: Objective, minibatches: int, size: int)
         mask.reshape(minibatches, -1, generations, length)
     )
     per_token = (array.reshape(-1, length) for array in (mask, weights, rollout.policy_logprobs))
-    whole = Slices(rows_of(rollout), batch.advantages.reshape(-1), *per_token)
+    whole = Slices(rows_of(rollout, length_buckets), batch.advantages.reshape(-1), *per_token)
     return jax.tree.map(lambda array: array.reshape(minibatches, rows // size, size, *array.shape[1:]), whole)
 
 
@@ -166,7 +182,7 @@ def map_slices(rows: Rows, function: Any) -> Any:
     """`function` on one microbatch after the other; its arrays `[B, …]` become `[S, M, B, …]`."""
     lead = rows.prompt_lengths.shape[:2]
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
-    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), jax.lax.map(function, flat))
+    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), jax.lax.map(partial(at_length, function), flat))
 
 
 def policy_forward(
@@ -216,7 +232,8 @@ def _update(carry: Any, index: Array, *, slices: Any, loss: Any, optimizer: Any,
     """One optimizer step on minibatch `index % S`: accumulate, clip, update, or skip."""
     minibatch = jax.tree.map(lambda a: a[index % slices.mask.shape[0]], slices)
     key = None if dropout is None else jax.random.fold_in(dropout, index)
-    total, grads, terms = accumulate(partial(loss, is_first=index == 0, key=key), carry[0], minibatch)
+    loss = partial(loss, is_first=index == 0, key=key)
+    total, grads, terms = accumulate(loss, carry[0], minibatch, packed_at_length)
     carry, record = guarded_update(carry, total, grads, jnp.any(minibatch.weights > 0), optimizer)
     return carry, {"loss": total, **record, "terms": terms, "mask": minibatch.mask}
 
@@ -244,16 +261,24 @@ def guarded_update(
     return (lora, opt_state, jnp.where(finite, 0, nonfinite + 1)), {"grad_norm": norm, "skipped": ~apply}
 
 
-def accumulate(loss: Any, lora: Params, minibatch: Any) -> tuple[Float[Array, ""], Params, Any]:
+def packed_at_length(function: Any, part: Any) -> Any:
+    """`at_length` for a function of a microbatch that has `rows` among others."""
+    return at_length(lambda rows: function(part.replace(rows=rows)), part.rows)
+
+
+def accumulate(
+    loss: Any, lora: Params, minibatch: Any, branch: Any = lambda function, part: function(part)
+) -> tuple[Float[Array, ""], Params, Any]:
     """Sum of a loss over microbatches, its gradient in the adapter, and the loss's terms `[M, B, C]`.
 
     `loss(lora, microbatch, index) -> (scalar, terms)`; the microbatches' losses add up to the minibatch's, a pytree whose
-    arrays are `[M, B, …]`, with a `mask` among them.
+    arrays are `[M, B, …]`, with a `mask` among them. `branch(function, part)` calls the function with the microbatch.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(sums: Any, inputs: Any) -> tuple[Any, Any]:
-        (value, terms), grads = gradient(lora, *inputs)
+        part, index = inputs
+        (value, terms), grads = branch(lambda part: gradient(lora, part, index), part)
         return jax.tree.map(jnp.add, sums, (value, grads)), terms
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
