@@ -2,7 +2,7 @@
 
 A zero-point is linear in the inputs of its group: Σ (n - z)·s·x = Σ (n - 8)·s·x + (8 - z)·s·Σ x. So an asymmetric weight is
 the symmetric product plus one more low-rank product, over the sums of the groups, which rides in the adapter's place:
-the kernels know symmetric levels only.
+the kernels know symmetric levels only. Where groups are so many that it would not fit there, it is a product of its own.
 """
 
 from typing import Any
@@ -14,6 +14,10 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from jgrpo.quantization.weights import MixedWeight, PackedWeight, Weight, dequantize
+
+EPILOGUE_RANK = 256
+"""Widest low-rank product that the kernel takes beside the weights: twice as many columns (14,336 inputs in groups of 32) need
+more shared memory than a Hopper GPU gives one block."""
 
 
 def matmul(
@@ -39,8 +43,16 @@ def matmul(
 
 
 def _packed(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None, out_dtype: Any) -> Array:
+    apart = None
     if weight.zeros is not None:
-        xa, b = _with_zeros(x, weight, layer, xa, b)
+        sums, offsets = _zero_point_product(x, weight, layer)
+        if xa is None or b is None:
+            xa, b = sums, offsets
+        else:
+            xa = jnp.concatenate([xa, sums], -1)
+            b = jnp.concatenate([_at(b, layer).astype(x.dtype), offsets], -1)
+        if xa.shape[-1] > EPILOGUE_RANK:
+            apart, xa, b = _dot(xa, b, jnp.float32), None, None
     out = pallas_kernels.int4_matmul(
         x.reshape(-1, x.shape[-1]),
         weight.packed,
@@ -48,20 +60,17 @@ def _packed(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None
         layer=layer,
         xa=None if xa is None else xa.reshape(-1, xa.shape[-1]),
         lora_b=None if b is None else b.astype(x.dtype),
-        out_dtype=out_dtype or x.dtype,
+        out_dtype=(out_dtype or x.dtype) if apart is None else jnp.float32,
         code=weight.code,
-    )
-    return out.reshape(*x.shape[:-1], -1)
+    ).reshape(*x.shape[:-1], -1)
+    return out if apart is None else (out + apart).astype(out_dtype or x.dtype)
 
 
-def _with_zeros(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None) -> tuple[Array, Array]:
-    """The adapter's product with the zero-points beside it: inputs `[..., R + K/g]`, outputs `[N, R + K/g]`."""
+def _zero_point_product(x: Array, weight: Any, layer: Any) -> tuple[Array, Array]:
+    """Factors of what the zero-points add: `[..., K/g]` sums of the inputs and `[N, K/g]` (8 - zero) · scale."""
     sums = x.reshape(*x.shape[:-1], -1, weight.group_size).sum(-1, dtype=jnp.float32).astype(x.dtype)
     offsets = (8.0 - _at(weight.zeros, layer).astype(jnp.float32)) * _at(weight.scales, layer).astype(jnp.float32)
-    offsets = offsets.astype(x.dtype)
-    if xa is None or b is None:
-        return sums, offsets
-    return jnp.concatenate([xa, sums], -1), jnp.concatenate([_at(b, layer).astype(x.dtype), offsets], -1)
+    return sums, offsets.astype(x.dtype)
 
 
 def _mixed(x: Array, weight: MixedWeight, layer: Any, adapter: Any, out_dtype: Any) -> Array:
