@@ -108,7 +108,7 @@ def merge(model: Transformer, base: Params, lora: Params) -> dict[str, tuple[Flo
 
     Made a matrix at a time: beside the result there is never more than one matrix in float32.
     """
-    adapter = jax.jit(lambda lora: fuse(lora, model.config, model.lora.scale, jnp.float32))(lora)
+    adapter = _fused(model, lora)
 
     def layers(name: str) -> tuple[Array, ...]:
         weight = base["layers"][name]
@@ -118,6 +118,11 @@ def merge(model: Transformer, base: Params, lora: Params) -> dict[str, tuple[Flo
         )
 
     return {name: layers(name) for name in matrix_modules(model.config)}
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _fused(model: Transformer, lora: Params) -> dict[str, tuple[Array, Array]]:
+    return fuse(lora, model.config, model.lora.scale, jnp.float32)
 
 
 def _stack_and_index(weight: Any, layer: int) -> tuple[Any, int]:

@@ -75,3 +75,20 @@ def test_cache_bytes_is_what_the_cache_takes(policy: Policy) -> None:
     # In 8 bits a head takes 16 bytes and a scale of 4.
     coded = dataclasses.replace(CONFIG, kv_cache="int8")
     assert cache_bytes(policy.model, coded, (5, 12)) == 3 * 2 * 2 * 20 * 5 * (12 + 2 * 12)
+
+
+def test_a_second_copy_compiles_nothing(int4_policy: Policy) -> None:
+    """A copy is made for every rollout, from an adapter of the same shapes."""
+    later = jax.tree.map(lambda x: x + 1, int4_policy.lora)
+    merge(*int4_policy)
+    made: list[str] = []
+
+    def listen(event: str, *_: float, **__: str | int) -> None:
+        made.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        merge(int4_policy.model, int4_policy.base, later)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert made == []
