@@ -3,9 +3,11 @@
     PYTHONPATH=. python scripts/bench_rollout.py --preset qwen2.5-1.5b llama-3.1-8b --prompts 8 32 64 --weights int4 bf16
     PYTHONPATH=. python scripts/bench_rollout.py --prompts 64 --new-tokens 1024 --lengths lognormal --compaction on off
     PYTHONPATH=. python scripts/bench_rollout.py --layers loop unrolled --profile
+    PYTHONPATH=. python scripts/bench_rollout.py --weights int4 bf16 --kv auto int8 fp8 --gap --logit-scale 5
+    PYTHONPATH=. python scripts/bench_rollout.py --weights bf16 --prompts 32 --top-k 0 50 --top-p 1 0.95 --min-p 0 0.05
     PYTHONPATH=. python scripts/bench_rollout.py --preset tiny --dtype float32 --kv float32 --new-tokens 32
 
-One JSON line for every combination of preset, prompts, weights, layers, compaction and lengths, then a table. A run is
+One JSON line for every combination of what takes several values, then a table in Markdown. A run is
 `jgrpo.rollout.generate` from prompts to tokens with their log-probabilities; the time includes the prefill and, for the
 bf16 weights, making the merged copy of the int4 base. `lengths fixed`: every completion has
 `--new-tokens` tokens. `lognormal`: each row is given its own end, log-normal with median 200 and sigma 0.8, capped at
@@ -13,8 +15,13 @@ bf16 weights, making the merged copy of the int4 base. `lengths fixed`: every co
 
 The bound is, for every step of the decode, bytes moved / `--bandwidth` + operations / `--tflops`, summed: weights and head
 once a step, the prompt's keys and values once a group, each unfinished row's own ones once; rows that have ended cost
-nothing. The prefill is not in it. `peak_bytes` is the allocator's peak since the process started; give a single combination
+nothing. The prefill is not in it. `bound` is that of the weights that are used; `int4_bound` that of the int4 base by
+itself, without an adapter's bytes and operations, whatever is used. `peak_bytes` is the allocator's peak since the process started; give a single combination
 to have a run's own. `first_run_s` is the first call, `trace_s` and `compile_s` the parts of it that are JAX's and XLA's.
+
+`--gap` compares the sampler's log-probabilities of the drawn tokens with those of the training forward on the same tokens: mean
+and largest difference in nats. A random model's distributions are nearly uniform, which hides errors of the logits;
+`--logit-scale 5` makes them about as peaked as a trained model's.
 """
 
 import argparse
@@ -23,6 +30,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -40,8 +48,9 @@ from shapes import PRESETS, linear_parameters, random_base
 from jgrpo.config import LINEAR_MODULES, LoraConfig, RolloutConfig
 from jgrpo.lora import init_lora, module_shapes
 from jgrpo.models import ModelConfig, Transformer
-from jgrpo.rollout import Prompts, generate
+from jgrpo.rollout import Prompts, Rollout, generate
 from jgrpo.rollout.weights import cache_bytes, merged_bytes, plan_weights
+from jgrpo.training.forward import logprob_chunk, rows_of, token_logprobs
 
 MEASURED = {"H200": (4.3, 790.0)}
 """TB/s of a copy and TFLOP/s of a bfloat16 matmul, as measured on the device of that name."""
@@ -54,9 +63,27 @@ COMPILE_EVENTS = {
 """Names under which JAX reports what making a program took."""
 
 COLUMNS = (
-    *("preset", "weights", "layers", "compaction", "lengths", "kv", "sequences", "tokens_per_s", "ms_per_step"),
-    *("bound_tokens_per_s", "fraction", "peak_gb"),
+    *(
+        "preset",
+        "sequences",
+        "weights",
+        "layers",
+        "compaction",
+        "lengths",
+        "kv",
+        "top_k",
+        "top_p",
+        "min_p",
+        "tokens_per_s",
+    ),
+    *("ms_per_step", "bound_tokens_per_s", "fraction", "int4_bound_tokens_per_s", "int4_fraction"),
+    *("gap_mean", "gap_max", "peak_gb", "first_run_s"),
 )
+"""Of the table; a setting that has one value in all rows is left out."""
+LOGITS_MB = 256.0
+"""Workspace for logits of the training forward that `--gap` runs."""
+ADAPTER_DEVIATION = 0.01
+"""Of the entries of B: W + scale · B A is about a tenth away from W."""
 
 
 def arguments() -> argparse.Namespace:
@@ -83,9 +110,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts-at-once", type=int, help="of the config: prompts in one cache (default all)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--top-k", nargs="+", type=int, default=[0])
+    parser.add_argument("--top-p", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--min-p", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--gap", action="store_true", help="compare log-probabilities with the training forward's")
+    parser.add_argument("--logit-scale", type=float, default=1.0, help="factor on the final norm (default %(default)s)")
+    parser.add_argument("--microbatch-size", type=int, default=8, help="rows of --gap's forward (default %(default)s)")
     parser.add_argument(
         "--runs", type=int, default=3, help="timed runs, of which the median counts (default %(default)s)"
     )
@@ -115,6 +145,12 @@ class Case(NamedTuple):
     compaction: Literal["on", "off"]
     lengths: Literal["fixed", "lognormal"]
     kv: Literal["auto", "int8", "fp8"]
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+_trainer_logprobs = jax.jit(token_logprobs, static_argnames=("model", "temperature", "remat", "chunk", "group"))
 
 
 class Workload:
@@ -125,7 +161,10 @@ class Workload:
         lora_config = LoraConfig(lora_rank=max(args.lora_rank, 1), lora_alpha=2.0 * max(args.lora_rank, 1))
         self.model = Transformer(self.config, lora_config, jnp.dtype(args.dtype))
         self.base = random_base(self.config, group_size=args.group_size, int4_embeddings=args.int4_embeddings)
+        self.base["final_norm"] *= args.logit_scale
         self.lora = init_lora(jax.random.key(1), lora_config, self.config) if args.lora_rank else {}
+        for number, part in enumerate(self.lora.values()):
+            part["b"] = ADAPTER_DEVIATION * jax.random.normal(jax.random.key(number), part["b"].shape)
         jax.block_until_ready((self.base, self.lora))
 
     def sampling(self, case: Case) -> RolloutConfig:
@@ -134,9 +173,9 @@ class Workload:
             num_generations=args.group,
             max_completion_length=args.new_tokens,
             temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
+            top_k=case.top_k,
+            top_p=case.top_p,
+            min_p=case.min_p,
             rollout_weights=case.weights,
             decode_layers=case.layers,
             compaction=case.compaction == "on",
@@ -151,17 +190,19 @@ class Workload:
         questions = Prompts(tokens, jnp.full(case.prompts, args.prompt_len, jnp.int32))
         sampling, limits = self.sampling(case), jnp.asarray(lengths)
 
-        def run(seed: int) -> float:
+        def run(seed: int) -> tuple[float, Rollout]:
             inputs = (self.model, self.base, self.lora, questions, jax.random.key(seed), sampling)
             began = time.perf_counter()
             rollout = jax.block_until_ready(generate(*inputs, eos_ids=(), pad_id=0, row_limits=limits))
             seconds = time.perf_counter() - began
             np.testing.assert_array_equal(rollout.completion_lengths, lengths)
-            return seconds
+            return seconds, rollout
 
         with compile_times() as about:
-            first = run(0)
-        seconds = statistics.median(run(seed) for seed in range(1, args.runs + 1))
+            first, rollout = run(0)
+        gap = self.gap(rollout) if args.gap else {}
+        del rollout
+        seconds = statistics.median(run(seed)[0] for seed in range(1, args.runs + 1))
         if args.profile:
             with traced() as kernels:
                 run(args.runs + 1)
@@ -171,13 +212,36 @@ class Workload:
             **self.report(case, lengths, seconds),
             "first_run_s": round(first, 3),
             **about,
+            **gap,
             **memory(),
         }
         return {"preset": self.preset, **row}
 
+    def gap(self, rollout: Rollout) -> dict:
+        """|log-probability of the sampler - of the training forward| over the drawn tokens, in nats."""
+        rows, size = rows_of(rollout), self.args.microbatch_size
+        length = rollout.completion_tokens.shape[-1]
+        sampled = np.asarray(rollout.policy_logprobs).reshape(-1, length)
+        mask = np.asarray(rollout.policy_mask).reshape(-1, length)
+        group = math.gcd(size, self.args.group)
+        how = dict(
+            temperature=self.args.temperature, remat=False, chunk=logprob_chunk(self.model, LOGITS_MB), group=group
+        )
+        gaps = []
+        for start in range(0, len(sampled), size):
+            part = jax.tree.map(lambda x, start=start: x[start : start + size], rows)
+            trained, _ = _trainer_logprobs(self.model, self.base, self.lora, part, **how)
+            here = slice(start, start + size)
+            gaps.append(np.abs(np.asarray(trained) - sampled[here])[mask[here]])
+        everything = np.concatenate(gaps)
+        return {"gap_mean": float(f"{everything.mean():.2g}"), "gap_max": float(f"{everything.max():.2g}")}
+
     def report(self, case: Case, lengths: np.ndarray, seconds: float) -> dict:
         tokens, steps = int(lengths.sum()), int(lengths.max())
-        bound = self.bound(case, lengths)
+        prompts = (case.prompts, self.args.prompt_len)
+        merged = plan_weights(self.model, self.base, self.sampling(case), prompts).merged
+        bound = self.bound(case, lengths, merged, 0 if merged else self.args.lora_rank)
+        int4_bound = self.bound(case, lengths, False, 0)
         return {
             "sequences": lengths.size,
             "tokens": tokens,
@@ -188,16 +252,20 @@ class Workload:
             "bound_tokens_per_s": bound and round(tokens / bound),
             "bound_ms_per_step": bound and round(1e3 * bound / steps, 3),
             "fraction": bound and round(bound / seconds, 3),
+            "int4_bound_tokens_per_s": int4_bound and round(tokens / int4_bound),
+            "int4_fraction": int4_bound and round(int4_bound / seconds, 3),
         }
 
-    def bound(self, case: Case, lengths: np.ndarray) -> float | None:
-        """Seconds that bytes and operations of the decode take at least; None on a device that was not measured."""
+    def bound(self, case: Case, lengths: np.ndarray, merged: bool, rank: int) -> float | None:
+        """Seconds that bytes and operations of the decode take at least; None on a device that was not measured.
+
+        With a merged copy or the base as it is stored, and an adapter of that rank beside it.
+        """
         bandwidth, tflops = device_speed(self.args)
         if bandwidth is None or tflops is None:
             return None
         config, args = self.config, self.args
-        merged = plan_weights(self.model, self.base, self.sampling(case), (case.prompts, args.prompt_len)).merged
-        adapter = 0 if merged else adapter_parameters(config, args.lora_rank)
+        adapter = adapter_parameters(config, rank)
         kv_token = cache_bytes(self.model, dataclasses.replace(self.sampling(case), num_generations=0), (1, 1))
         weights = step_weight_bytes(self.base, merged_bytes(self.model) if merged else None)
         weights += adapter * jnp.dtype(args.dtype).itemsize
@@ -258,9 +326,14 @@ def memory() -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    cells = [COLUMNS, *[tuple("-" if row[name] is None else str(row[name]) for name in COLUMNS) for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    """The rows in Markdown; settings that do not differ between them are left out, `preset` and `weights` never."""
+    settings = set(Case._fields) - {"weights"}
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns = [name for name in columns if name not in settings or len({row[name] for row in rows}) > 1]
+    cells = [columns, *[["-" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def main() -> None:

@@ -38,16 +38,18 @@ def test_example_compares_base_and_adapter(tmp_path: Path) -> None:
 
 def test_bench_prints_json_and_a_table() -> None:
     flags = "--preset tiny --dtype float32 --kv int8 --prompts 2 --group 2 --prompt-len 4 --new-tokens 9 --runs 1"
-    more = "--weights int4 bf16 --lengths lognormal --bandwidth 0.01 --tflops 0.01"
+    more = "--weights int4 bf16 --lengths lognormal --bandwidth 0.01 --tflops 0.01 --gap --microbatch-size 2"
     lines = run("scripts/bench_rollout.py", *flags.split(), *more.split())
     first, other, row = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
     assert (other["weights"], row["weights"]) == ("int4", "bf16")
     assert other["bound_tokens_per_s"] != row["bound_tokens_per_s"]  # no adapter beside the copy
+    assert other["int4_bound_tokens_per_s"] == row["int4_bound_tokens_per_s"] > other["bound_tokens_per_s"]
+    assert 1e-4 < row["gap_mean"] < row["gap_max"] < 0.1  # a cache of int8
     assert row["compile_s"] > 0
     assert first["device"] == jax.devices()[0].device_kind
     assert row["sequences"] == 4
     assert 0 < row["fraction"] < 1
-    column = lines.splitlines()[-3].split().index("tokens_per_s")
+    column = lines.splitlines()[-4].split().index("tokens_per_s")
     assert lines.splitlines()[-1].split()[column] == str(row["tokens_per_s"])
 
 
