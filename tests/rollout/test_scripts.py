@@ -68,3 +68,26 @@ def test_the_start_is_measured_cold_and_warm(tmp_path: Path) -> None:
 def test_overlapping_spans_count_once() -> None:
     covered = runpy.run_path(str(ROOT / "scripts" / "measure_start.py"))["covered"]
     assert covered([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (0.5, 1.0)]) == 3.5
+
+
+def test_speculation_is_replayed() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "measure_speculation.py"))
+    group = script["Group"]([1, 2, 3, 4], [[9, 1, 2, 3, 4, 5], [9, 1, 2, 7]])
+    # 9, 1 and 2 come without a draft or with none that counts; behind 1, 2 the prompt drafts 3, 4, which is right once.
+    own = script["replay"]([group], 2, 2, False)
+    assert (own.tokens, own.steps, own.drafted, own.accepted_first) == (10, 8, 2, 1)
+    assert own.first == [(0, 3, 3), (1, 3, 3)]
+    # The second completion sees what the first has so far, not what it will have.
+    texts = [[5, 6, 7, 5, 6], [5, 6, 8, 9]]
+    assert list(script["find_draft"](texts, [5, 6], 3)) == [7, 5, 6]
+    assert list(script["find_draft"]([[1, 5, 6], *texts[1:]], [5, 6], 3)) == [8, 9]
+    assert [script["step_ms"](rows, {64: 2.0, 256: 4.0, 512: 8.0}) for rows in (64, 160, 512, 1024)] == [2, 3, 8, 16]
+
+
+def test_speculation_prints_a_row_for_every_draft() -> None:
+    flags = "--prompts 2 --group 2 --new-tokens 24 --ngram 2 --draft 1 3 --rows 64 --check"
+    lines = run("scripts/measure_speculation.py", *flags.split()).splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| 2 ")]
+    assert [(row[1], row[2]) for row in rows] == [("1", "no"), ("1", "yes"), ("3", "no"), ("3", "yes")]
+    assert all(float(row[5]) >= 1 for row in rows)
+    assert [json.loads(line)["draft"] for line in lines if "break_even" in line] == [1, 3]
