@@ -4,27 +4,38 @@
     PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.049 python scripts/bench_step.py --preset llama-3.1-8b --prompts 2 \
         --microbatch-size 2 --kv-cache int8 --int4-embeddings --memory-analysis   # an 8 GB card's 7.4 GB of an H200
     PYTHONPATH=. python scripts/bench_step.py --preset llama-3.1-8b --microbatch-size 4 --offload --steps 5
+    PYTHONPATH=. python scripts/bench_step.py --lengths lognormal --length-buckets 1 2 4 8 --phases update
+    PYTHONPATH=. python scripts/bench_step.py --lengths lognormal --track-memory --steps 50
 
-EOS is ignored, so every completion has `--max-completion-length` tokens; rewards are random and take no time. One JSON
-line a phase: `rollout` alone, `update` alone, and `step` (both, as in the loop). Times are medians after one step that
-compiles. `peak_bytes` is the allocator's peak since the process started, with preallocation off. Model FLOP
-utilisation counts a forward and the gradient of the activations (the base has none of its own) of the matrices, the
-head and causal attention, at `--peak-tflops`, and no recomputation; a prompt that its group shares counts once. Tokens a
-second of `update` count every row's prompt, so that sharing shows as speed.
+EOS is ignored; rewards are random and take no time. `--lengths fixed`: every completion has `--max-completion-length`
+tokens. `lognormal`: each row is given its own end, log-normal with median 200 and sigma 0.8, capped at that length, and other
+ends in every rollout. One JSON line a phase: `rollout` alone, `update` alone, and `step` (both, as in the loop). Times are
+medians after one step that compiles; tokens a second are useful ones, inside prompts and completions, over the time of
+all timed runs; those of `update` count every row's prompt, so that sharing shows as speed. `computed_fraction` is the share of
+the padded positions that an update computes (`--length-buckets`), `useful_fraction` the share that hold a token.
+`peak_bytes` is the allocator's peak since the process started, with preallocation off. Model FLOP utilisation counts a
+forward and the gradient of the activations (the base has none of its own) of the matrices, the head and causal attention
+for useful tokens, at `--peak-tflops`, and no recomputation; a prompt that its group shares counts once.
+`--track-memory`: one line for each step instead, with what is in use, the process's resident size, the live arrays and the
+programs compiled so far, and a last line that says what grew after step 2.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from profiling import format_table, traced
 from shapes import PRESETS, linear_parameters, random_base
 
@@ -33,7 +44,10 @@ from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, generate
 from jgrpo.training import Batch, TrainState, grpo_step, make_optimizer
+from jgrpo.training.forward import Rows
+from jgrpo.training.guards import CompileCounter
 from jgrpo.training.memory import plan_memory
+from jgrpo.training.step import length_buckets
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L4": 121.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Dense bfloat16, from the vendor's data sheets."""
@@ -49,6 +63,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--microbatch-size", type=int, default=8, help="rows a microbatch (default %(default)s)")
     parser.add_argument("--logprob-workspace", type=float, default=256.0, help="MB of logits (default %(default)s)")
     parser.add_argument("--no-share-prompt", action="store_true", help="compute the prompt once for each completion")
+    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed", help="of the completions")
+    parser.add_argument("--length-buckets", type=int, nargs="+", help="of the update; several: one after the other")
     parser.add_argument("--prompts-at-once", type=int, help="prompts that are sampled at the same time (default all)")
     parser.add_argument("--kv-cache", choices=("auto", "int8", "fp8"), default="auto", help="of the rollout")
     parser.add_argument("--rollout-weights", choices=("int4", "bf16", "auto"), default="int4", help="what decodes")
@@ -62,6 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
     parser.add_argument("--phases", default="rollout,update,step", help="which to time (default %(default)s)")
+    parser.add_argument("--track-memory", action="store_true", help="memory and compilations after each of the steps")
     parser.add_argument("--profile", action="store_true", help="kernel table of one more run of each phase")
     parser.add_argument("--memory-analysis", action="store_true", help="also what XLA and jgrpo.plan say")
     parser.add_argument("--peak-tflops", type=float, help="for the utilisation; default: by the device's name")
@@ -95,6 +112,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             remat=not args.no_remat,
             offload=args.offload,
             logprob_workspace=args.logprob_workspace,
+            length_buckets=args.length_buckets and args.length_buckets[0],
         ),
     )
 
@@ -121,13 +139,23 @@ class Bench:
         self.rewards = jax.random.uniform(jax.random.key(4), (args.prompts, args.num_generations))
         self.number = 0
         self.batch: Batch | None = None
+        self.lengths = self.completion_lengths()
+
+    def completion_lengths(self) -> np.ndarray:
+        """Tokens of each completion of this number of rollout, [Q, G]."""
+        shape, limit = (self.args.prompts, self.args.num_generations), self.args.max_completion_length
+        if self.args.lengths == "fixed":
+            return np.full(shape, limit, np.int32)
+        drawn = np.random.default_rng(self.number).lognormal(np.log(200), 0.8, shape)
+        return np.clip(np.rint(drawn), 1, limit).astype(np.int32)
 
     def rollout(self) -> None:
         self.number += 1
+        self.lengths = self.completion_lengths()
         key = jax.random.fold_in(self.state.key, self.number)
-        drawn = generate(
-            self.model, self.base, self.state.lora, self.prompts, key, self.config.rollout, eos_ids=(), pad_id=0
-        )
+        inputs = (self.model, self.base, self.state.lora, self.prompts, key, self.config.rollout)
+        limits = None if self.args.lengths == "fixed" else jnp.asarray(self.lengths)
+        drawn = generate(*inputs, eos_ids=(), pad_id=0, row_limits=limits)
         advantages = self.rewards - self.rewards.mean(axis=1, keepdims=True)
         self.batch = jax.block_until_ready(Batch(rollout=drawn, rewards=self.rewards, advantages=advantages))
 
@@ -154,34 +182,51 @@ class Bench:
         parts = dataclasses.asdict(plan)
         return {**parts, "resident": plan.resident, "rollout": plan.rollout, "update": plan.update, "total": plan.total}
 
+    def set_buckets(self, buckets: int | None) -> None:
+        """Sizes that the update packs into."""
+        training = dataclasses.replace(self.config.training, length_buckets=buckets)
+        self.config = dataclasses.replace(self.config, training=training)
+
     def step(self) -> None:
         self.rollout()
         self.update()
 
     @property
     def completion_tokens(self) -> int:
-        return self.args.prompts * self.args.num_generations * self.args.max_completion_length
+        return int(self.lengths.sum())
 
     @property
     def row_tokens(self) -> int:
-        return (
-            self.args.prompts * self.args.num_generations * (self.args.prompt_length + self.args.max_completion_length)
-        )
+        return int((self.args.prompt_length + self.lengths).sum())
 
     @property
-    def computed_positions(self) -> int:
-        """Positions of the linear layers: a shared prompt counts once."""
-        rows = self.args.prompts * self.args.num_generations
+    def prompt_positions(self) -> int:
+        """Positions of the prompts: one that is shared counts once."""
         shared = 1 if self.args.no_share_prompt else math.gcd(self.args.microbatch_size, self.args.num_generations)
-        return rows * self.args.max_completion_length + rows // shared * self.args.prompt_length
+        return self.lengths.size // shared * self.args.prompt_length
+
+    def positions(self) -> dict:
+        """Share of the padded positions that an update computes, and that hold tokens."""
+        size, length = self.args.microbatch_size, self.args.max_completion_length
+        part = jax.ShapeDtypeStruct((size, length), jnp.int32)
+        rows = Rows(part, part, part, part, buckets=length_buckets(self.config))
+        needed = self.lengths.reshape(-1, size).sum(axis=1)
+        computed = int(np.asarray(rows.capacities)[np.searchsorted(rows.capacities, needed)].sum())
+        padded = self.lengths.size * length + self.prompt_positions
+        useful = self.completion_tokens + self.prompt_positions
+        return {
+            "computed_fraction": round((computed + self.prompt_positions) / padded, 4),
+            "useful_fraction": round(useful / padded, 4),
+        }
 
     def update_flops(self) -> float:
         """Forward and activation gradient: 2 · 2 operations a parameter and position, likewise head and attention."""
-        config, length = self.model_config, self.args.prompt_length + self.args.max_completion_length
-        linear = linear_parameters(config) * self.computed_positions
+        config = self.model_config
+        linear = linear_parameters(config) * (self.completion_tokens + self.prompt_positions)
         head = config.vocab_size * config.hidden_size * self.completion_tokens
         # Scores and mix of values: 2 products of T · T / 2 · H · Hd, whose gradient costs twice the forward.
-        attention = config.num_layers * config.num_heads * config.head_dim * length * self.row_tokens
+        squares = float(((self.args.prompt_length + self.lengths.astype(float)) ** 2).sum())
+        attention = config.num_layers * config.num_heads * config.head_dim * squares
         reference = 1.5 if self.args.beta > 0 else 1.0
         return reference * 2 * (2 * linear + 2 * head + 3 * attention)
 
@@ -193,22 +238,53 @@ def measure(bench: Bench, phase: str) -> dict:
     began = time.perf_counter()
     run()
     first = time.perf_counter() - began
-    seconds = []
+    seconds, tokens = [], 0
     for _ in range(bench.args.steps):
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
-    median = statistics.median(seconds)
-    tokens = {"rollout": bench.completion_tokens, "update": bench.row_tokens, "step": bench.completion_tokens}[phase]
+        tokens += bench.row_tokens if phase == "update" else bench.completion_tokens
     return {
         "phase": phase,
-        "seconds": round(median, 5),
+        "seconds": round(statistics.median(seconds), 5),
         "fastest": round(min(seconds), 5),
         "first_call_seconds": round(first, 2),
-        "tokens_per_s": round(tokens / median, 1),
-        **utilisation(bench, phase, median),
+        "tokens_per_s": round(tokens / sum(seconds), 1),
+        **utilisation(bench, phase, statistics.median(seconds)),
+        **(bench.positions() if phase == "update" else {}),
         **memory(),
     }
+
+
+def track(bench: Bench) -> Iterator[dict]:
+    """One record a step, then what grew between the second and the last."""
+    compilations, records = CompileCounter(), []
+    for number in range(1, bench.args.steps + 1):
+        began = time.perf_counter()
+        bench.step()
+        record = {
+            "phase": "step",
+            "number": number,
+            "seconds": round(time.perf_counter() - began, 4),
+            "tokens": bench.completion_tokens,
+            "compiled": compilations.count,
+            "live_arrays": len(jax.live_arrays()),
+            "resident_bytes": resident_bytes(),
+            **bench.positions(),
+            **memory(),
+        }
+        records.append(record)
+        yield record
+    compilations.close()
+    before, after = records[min(1, len(records) - 1)], records[-1]
+    watched = ("compiled", "live_arrays", "resident_bytes", "peak_bytes", "in_use_bytes")
+    grown = {name: None if after[name] is None else after[name] - before[name] for name in watched}
+    yield {"phase": "growth after step 2", "steps": len(records), **grown}
+
+
+def resident_bytes() -> int:
+    """Memory of this process on the host."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def utilisation(bench: Bench, phase: str, seconds: float) -> dict:
@@ -233,12 +309,18 @@ def main() -> None:
     setting = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("phases", "peak_tflops", "memory_analysis", "profile")
+        if name not in ("phases", "peak_tflops", "memory_analysis", "profile", "track_memory")
     }
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "base_bytes": base_bytes, **setting}
     print(json.dumps({"phase": "setup", **about, **memory()}), flush=True)
-    for phase in args.phases.split(","):
-        print(json.dumps({**measure(bench, phase), "preset": args.preset}), flush=True)
+    if args.track_memory:
+        for record in track(bench):
+            print(json.dumps({**record, "preset": args.preset}), flush=True)
+        return
+    for phase, buckets in itertools.product(args.phases.split(","), args.length_buckets or [None]):
+        bench.set_buckets(buckets)
+        about = {"preset": args.preset, "length_buckets": length_buckets(bench.config)}
+        print(json.dumps({**measure(bench, phase), **about}), flush=True)
         if args.profile:
             with traced() as table:
                 getattr(bench, phase)()

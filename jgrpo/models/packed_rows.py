@@ -13,6 +13,8 @@ limit, so either prompts are computed again or little is saved.
 Both ways between the layouts are gathers, and so are their gradients: no scatter, hence reproducible on a GPU.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -29,6 +31,8 @@ class PackedRows(struct.PyTreeNode):
         row: whose token stands in each place behind the prompts.
         offset: which of the completion's tokens it is.
         used: whether any does; the rest is padding.
+        index: position in the sequence of each of a row's tokens.
+        in_prompt, in_completion: which tokens of a row are its prompt's and its completion's; the rest is padding.
         width: positions P of a prompt.
         limit: tokens C that a completion may have.
         group: rows for which a prompt is computed once; they stand next to each other.
@@ -39,6 +43,9 @@ class PackedRows(struct.PyTreeNode):
     row: Int[Array, " N-q*P"]
     offset: Int[Array, " N-q*P"]
     used: Bool[Array, " N-q*P"]
+    index: Int[Array, "B T"]
+    in_prompt: Bool[Array, "B T"]
+    in_completion: Bool[Array, "B T"]
     width: int = struct.field(pytree_node=False)
     limit: int = struct.field(pytree_node=False)
     group: int = struct.field(pytree_node=False)
@@ -56,11 +63,19 @@ class PackedRows(struct.PyTreeNode):
     ) -> "PackedRows":
         """The layout of rows whose completions have at most `capacity` tokens together."""
         ends, place = jnp.cumsum(completion_lengths), jnp.arange(capacity)
-        row = jnp.minimum(jnp.searchsorted(ends, place, side="right"), ends.shape[0] - 1)
-        offset = place - (ends - completion_lengths)[row]
+        starts, count = ends - completion_lengths, completion_lengths.shape[0]
+        row = jnp.minimum(jnp.searchsorted(ends, place, side="right"), count - 1)
         used = place < ends[-1]
-        offset = jnp.where(used, offset, 0)
-        return cls(prompt_lengths, completion_lengths, row, offset, used, width=width, limit=limit, group=group)
+        offset = jnp.where(used, place - starts[row], 0)
+
+        token = jnp.arange(width + min(limit, capacity))
+        behind = token - prompt_lengths[:, None]
+        in_prompt, in_completion = behind < 0, (behind >= 0) & (behind < completion_lengths[:, None])
+        prompt = jnp.arange(count)[:, None] // group * width + token
+        completion = count // group * width + starts[:, None] + behind
+        index = jnp.where(in_prompt, prompt, jnp.where(in_completion, completion, 0))
+        way = (row, offset, used, index, in_prompt, in_completion)
+        return cls(prompt_lengths, completion_lengths, *way, width=width, limit=limit, group=group)
 
     @property
     def starts(self) -> Int[Array, " B"]:
@@ -112,18 +127,6 @@ class PackedRows(struct.PyTreeNode):
         starts = jnp.where(self.completion_lengths > 0, self.starts, nowhere)
         return before.at[starts].set(last, unique_indices=True, mode="drop")
 
-    def sources(self, length: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
-        """Position in the sequence of each of a row's `length` tokens; whether it is the prompt's, whether the completion's."""
-        index, row = jnp.arange(length), jnp.arange(self.prompt_lengths.shape[0])[:, None]
-        offset = index - self.prompt_lengths[:, None]
-        in_prompt, in_completion = offset < 0, (offset >= 0) & (offset < self.completion_lengths[:, None])
-        prompt, completion = row // self.group * self.width + index, self.prompts + self.starts[:, None] + offset
-        return jnp.where(in_prompt, prompt, jnp.where(in_completion, completion, 0)), in_prompt, in_completion
-
-    def targets(self, length: int) -> Int[Array, " N-q*P"]:
-        """Where each completion token stands among rows of that length, laid end to end."""
-        return self.row * length + self.prompt_lengths[self.row] + self.offset
-
 
 @jax.custom_vjp
 def _gather(x: Array, index: Array, inverse: Array, inverse_used: Array) -> Array:
@@ -143,22 +146,17 @@ def _gather_backward(way: tuple[Array, Array], gradient: Array) -> tuple[Array, 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _take(flat: Array, index: Array) -> Array:
-    return flat.at[index].get(mode="promise_in_bounds")
+def _take(x: Array, index: Any) -> Array:
+    return x.at[index].get(mode="promise_in_bounds")
 
 
 def _masked(x: Array, mask: Array) -> Array:
     return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), x, 0)
 
 
-def _to_rows(x: Array, packed: PackedRows) -> tuple[Array, Array, Array]:
-    length = packed.width + packed.completion_length(x.shape[1])
-    index, in_prompt, in_completion = packed.sources(length)
-    return _take(x[0], index), in_prompt, in_completion
-
-
 def _completions(rows: Array, packed: PackedRows) -> Array:
-    return _take(rows.reshape(-1, *rows.shape[2:]), packed.targets(rows.shape[1]))
+    """[B, T, …] -> [N − q·P, …]"""
+    return _take(rows, (packed.row, packed.prompt_lengths[packed.row] + packed.offset))
 
 
 def _of_prompts(rows: Array, packed: PackedRows) -> Array:
@@ -168,12 +166,11 @@ def _of_prompts(rows: Array, packed: PackedRows) -> Array:
 
 @jax.custom_vjp
 def _spread(x: Array, packed: PackedRows) -> Array:
-    return _to_rows(x, packed)[0]
+    return _take(x[0], packed.index)
 
 
 def _spread_backward(packed: PackedRows, gradient: Array) -> tuple[Array, None]:
-    in_prompt = jnp.arange(packed.width) < packed.prompt_lengths[:, None]
-    prompts = _of_prompts(_masked(gradient[:, : packed.width], in_prompt), packed).sum(axis=1)
+    prompts = _of_prompts(_masked(gradient, packed.in_prompt), packed).sum(axis=1)
     completions = _masked(_completions(gradient, packed), packed.used)
     return jnp.concatenate([prompts.reshape(-1, *completions.shape[1:]), completions])[None], None
 
@@ -185,9 +182,8 @@ def _collect(rows: Array, packed: PackedRows) -> Array:
 
 
 def _collect_backward(packed: PackedRows, gradient: Array) -> tuple[Array, None]:
-    rows, in_prompt, in_completion = _to_rows(gradient, packed)
-    is_first = (jnp.arange(rows.shape[0]) % packed.group == 0)[:, None]
-    return _masked(rows, in_completion | in_prompt & is_first), None
+    is_first = (jnp.arange(packed.index.shape[0]) % packed.group == 0)[:, None]
+    return _masked(_take(gradient[0], packed.index), packed.in_completion | packed.in_prompt & is_first), None
 
 
 _spread.defvjp(lambda x, packed: (_spread(x, packed), packed), _spread_backward)

@@ -40,7 +40,7 @@ from jgrpo.training.optimizer import make_optimizer
 from jgrpo.training.policy import Policy, compute_dtype, load_policy
 from jgrpo.training.reference import completion_kl, describe_reference, initial_reference, synced
 from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, check_directory, claim_directory
-from jgrpo.training.state import Batch, TrainState
+from jgrpo.training.state import Batch, TrainState, committed
 from jgrpo.training.task import RewardFunctions, Task, load_task
 
 WARM_STEPS = 2
@@ -119,7 +119,7 @@ class Run:
         critic = make_critic(jax.random.fold_in(init_key, 1), config.lora, model_config) if make_critic else {}
         state = TrainState.create(lora, self.optimizer, run_key, critic)
         reference = initial_reference(config, model_config, lora)
-        return state.replace(reference=reference, coefficients=initial_coefficients(config.algorithm))
+        return committed(state.replace(reference=reference, coefficients=initial_coefficients(config.algorithm)))
 
     def train(self) -> TrainState:
         """Every step that is left, then the exports."""
@@ -275,7 +275,7 @@ class Run:
         )
         following = next_coefficients(state.coefficients, {**measured, **metrics}, config, batch.rewards.size)
         state = state.replace(cursor=jnp.asarray(cursor, jnp.int32), coefficients=following)
-        self.state = synced(state, config.reference_sync_steps)
+        self.state = committed(synced(state, config.reference_sync_steps))
         return {**shown, **host_metrics(metrics)}
 
     @property
@@ -335,7 +335,7 @@ class Run:
         if not self.config.run.resume or self.checkpoints.latest_step is None:
             return None
         lora, rest, meta = self.checkpoints.restore(self.state.lora, dataclasses.replace(self.state, lora={}))
-        self.state, self.num_tokens = rest.replace(lora=lora), meta["num_tokens"]
+        self.state, self.num_tokens = committed(rest.replace(lora=lora)), meta["num_tokens"]
         return int(self.state.step)
 
     def _export(self) -> None:

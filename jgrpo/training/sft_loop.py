@@ -33,7 +33,7 @@ from jgrpo.training.optimizer import make_optimizer
 from jgrpo.training.policy import Policy, load_policy
 from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, check_directory, claim_directory
 from jgrpo.training.sft_step import SupervisedBatch, sft_loss, sft_step
-from jgrpo.training.state import TrainState
+from jgrpo.training.state import TrainState, committed
 
 
 def sft(config: SftConfig) -> TrainState:
@@ -139,7 +139,7 @@ class SupervisedRun:
             remat=config.training.remat,
             chunk=logprob_chunk(self.policy.model, config.training.logprob_workspace),
         )
-        self.state = self.state.replace(cursor=jnp.asarray(cursor, jnp.int32))
+        self.state = committed(self.state.replace(cursor=jnp.asarray(cursor, jnp.int32)))
         values = host_metrics(metrics)
         seconds, tokens = time.perf_counter() - began, int(rows.lengths.sum())
         self.num_tokens += tokens
@@ -210,7 +210,7 @@ class SupervisedRun:
         if not self.config.run.resume or self.checkpoints.latest_step is None:
             return None
         lora, rest, meta = self.checkpoints.restore(self.state.lora, dataclasses.replace(self.state, lora={}))
-        self.state, self.num_tokens = rest.replace(lora=lora), meta["num_tokens"]
+        self.state, self.num_tokens = committed(rest.replace(lora=lora)), meta["num_tokens"]
         return int(self.state.step)
 
     def _plan(self) -> list[str]:

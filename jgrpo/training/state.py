@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -50,7 +51,16 @@ class TrainState(struct.PyTreeNode):
         """
         step, nonfinite = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         opt_state = optimizer.init({"policy": lora, "critic": critic} if critic else lora)
-        return cls(step, lora, opt_state, key, jnp.zeros(2, jnp.int32), nonfinite, critic or {})
+        return committed(cls(step, lora, opt_state, key, jnp.zeros(2, jnp.int32), nonfinite, critic or {}))
+
+
+def committed(state: TrainState) -> TrainState:
+    """The state with every array bound to its device.
+
+    A program that uses host memory (`offload`) returns bound arrays, and `jit` compiles once more for arguments that were free
+    before: a state that is bound from the start, and stays so, meets one program.
+    """
+    return jax.device_put(state, jax.devices()[0])
 
 
 class Batch(struct.PyTreeNode):

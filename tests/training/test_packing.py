@@ -84,8 +84,7 @@ def test_completions_are_packed_and_unpacked():
 
 def plain(packed, total):
     """The three ways of a layout as plain indexing, whose gradient JAX makes."""
-    index, in_prompt, in_completion = packed.sources(PROMPT + COMPLETION)
-    mask = (in_prompt | in_completion)[..., None]
+    index, mask = packed.index, (packed.in_prompt | packed.in_completion)[..., None]
     owner, offset = packed.row, packed.offset
     places = packed.prompt_lengths[owner] + offset
 
@@ -136,9 +135,8 @@ def weight_of(packed, x):
 
 
 def first_copies(packed, rows):
-    _, in_prompt, _ = packed.sources(rows.shape[1])
     first = (jnp.arange(rows.shape[0]) % packed.group == 0)[:, None]
-    return jnp.where((in_prompt & ~first)[..., None], 0, rows)
+    return jnp.where((packed.in_prompt & ~first)[..., None], 0, rows)
 
 
 def assert_same(one, other, rel=1e-6):
