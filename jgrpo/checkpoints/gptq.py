@@ -2,11 +2,13 @@
 
 The layout is that of `jgrpo.checkpoints.formats`: symmetric, so every stored zero-point is 7 (+ 1 by the format's rule), no
 act-order. Levels are the nearest ones, the rule that jgrpo trains with: a module without an adapter, whose base was int4 of
-the same group size, keeps its levels. It is the layout of GPTQ, not its error-correcting search.
+the same group size, keeps its levels. It is the layout of GPTQ, not its error-correcting search. Scales may be negative.
+They are float16 in the file, but vLLM casts them to the model's dtype: in a bfloat16 model they are values of both.
 """
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jgrpo.checkpoints.merged import Encoding, Rows, blocks_of
@@ -24,6 +26,7 @@ class GPTQEncoding(Encoding):
     def __init__(self, dtype: np.dtype, group_size: int) -> None:
         super().__init__(dtype)
         self.group_size = group_size
+        self.scale_dtype = dtype if dtype == jnp.bfloat16 else _FLOAT16
 
     def config(self) -> dict[str, Any]:
         """What `config.json` says about it."""
@@ -66,7 +69,7 @@ class GPTQEncoding(Encoding):
             return
         qweight, qzeros, scales, g_idx = (np.empty(spec.shape, spec.dtype) for spec in self.specs(placement))
         for start, stop in blocks_of(placement):
-            block: Any = quantize(rows(placement, start, stop), self.group_size, np.float16)
+            block: Any = quantize(rows(placement, start, stop), self.group_size, self.scale_dtype)
             nibbles = unpack_nibbles(block.packed, self.group_size)
             qweight[:, start:stop] = _words(nibbles).T
             scales[:, start:stop] = block.scales.T

@@ -88,6 +88,19 @@ def test_gptq_of_an_int4_base_without_adapter_keeps_every_level(llama, tmp_path)
         np.testing.assert_array_equal(again["layers"][name].packed, base["layers"][name].packed)
 
 
+def test_gptq_scales_of_a_bfloat16_model_are_exact_in_bfloat16(llama, tmp_path):
+    # vLLM casts them to the model's dtype.
+    for dtype, exact in ((torch.bfloat16, True), (torch.float16, False)):
+        encoding = GPTQEncoding(jax.numpy.dtype(str(dtype).removeprefix("torch.")), GROUP)
+        out = export_merged(
+            tmp_path / str(dtype), llama.path, {}, LORA, llama.config, base=llama.base, encoding=encoding
+        )
+        stored = safetensors.torch.load_file(out / "model.safetensors")
+        scales = [tensor for name, tensor in stored.items() if name.endswith("scales")]
+        assert all(tensor.dtype == torch.float16 for tensor in scales)
+        assert all(torch.equal(tensor, tensor.to(torch.bfloat16).to(torch.float16)) for tensor in scales) == exact
+
+
 def test_gptq_of_sizes_that_do_not_divide_is_refused(tmp_path):
     path = make_checkpoint(tmp_path / "source", "llama", intermediate_size=96)
     case = dict(checkpoint=path, lora={}, lora_config=LORA)
