@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,11 @@ from jgrpo.config import RolloutConfig
 from jgrpo.rollout import Prompts, rollout_program
 from jgrpo.rollout.weights import matrix_shapes, merge
 from tests.rollout.conftest import MATRICES, Policy
+from tests.rollout.programs import instructions, loop_bodies
 from tests.rollout.test_sampler import full_logits
 
 GROUP = 14
 CONFIG = RolloutConfig(num_generations=GROUP, max_completion_length=96, top_p=0.9)
-_ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+)\[([0-9,]*)\]")
 _FLOATS = ("f16", "bf16", "f32", "f64")
 
 
@@ -25,34 +24,6 @@ _FLOATS = ("f16", "bf16", "f32", "f64")
 def compiled(int4_policy: Policy, prompts: Prompts) -> jax.stages.Compiled:
     key = jax.random.key(0)
     return rollout_program.lower(*int4_policy, prompts, key, CONFIG, eos_ids=(1,), pad_id=0).compile()
-
-
-def instructions(text: str, *, named: str = "") -> Iterator[tuple[str, str, int]]:
-    """(instruction, element type, elements) of every array that an instruction of the program makes."""
-    for line in text.splitlines():
-        made = re.match(r"\s+(?:ROOT )?%\S+ = (\(?.*?\)?) ([a-z-]+)\(", line)
-        if made and (not named or made[2] == named):
-            for kind, shape in _ARRAY.findall(made[1]):
-                yield line, kind, int(np.prod([int(n) for n in shape.split(",") if n]))
-
-
-def computations(text: str) -> dict[str, str]:
-    """Body of every computation of the program by name."""
-    found = re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, flags=re.M | re.S)
-    return dict(found)
-
-
-def loop_bodies(text: str) -> str:
-    """Every computation that runs inside a while loop, its own calls included."""
-    parts = computations(text)
-    pending = re.findall(r" while\(.*?body=%([^\s,]+)", text)
-    seen: set[str] = set()
-    while pending:
-        name = pending.pop()
-        if name not in seen:
-            seen.add(name)
-            pending += re.findall(r"(?:body|calls|to_apply)=%([^\s,]+)", parts[name])
-    return "\n".join(parts[name] for name in sorted(seen))
 
 
 def test_no_array_as_large_as_the_dequantized_weights(compiled: jax.stages.Compiled, int4_policy: Policy) -> None:

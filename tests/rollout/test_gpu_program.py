@@ -1,0 +1,74 @@
+"""What the rollout's program for a GPU must not contain, read from XLA's output for an H200; no GPU is needed."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.rollout import gpu_program as built
+from tests.rollout.programs import computations, instructions, loop_bodies
+
+NEEDED = ("jax_cuda13_plugin", "jax_triton")
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in NEEDED), reason="needs the packages of the extra cuda13"
+)
+
+CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads * built.TOKENS * built.CONFIG.head_dim
+MATRICES = {int(np.prod(shape)) for shape in built.matrix_shapes(built.CONFIG).values()}
+OUTSIDE_OF_LAYERS = 17
+"""Kernels of a step beside its layers': head, draw, record, embedding, angles, counters (docs/benchmarks.md)."""
+OF_A_MERGED_LAYER = 12
+
+
+@pytest.fixture(scope="module", params=["int4", "bf16"])
+def compiled(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(weights, program)"""
+    command = [sys.executable, "-m", "tests.rollout.gpu_program", request.param]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, done.stdout
+
+
+def step(program: str) -> str:
+    """The body of the loop over the tokens of a chunk: the one with the attention kernel."""
+    bodies = re.findall(r" while\(.*?body=%([^\s,]+)", program)
+    found = [
+        text for name, text in computations(program).items() if name in bodies and "triton_kernel_call_ffi" in text
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_step_copies_neither_caches_nor_weights(compiled: tuple[str, str]) -> None:
+    _, program = compiled
+    body = loop_bodies(program)
+    assert any(size == CACHE for _, _, size in instructions(step(program), named="custom-call"))
+    moved = [(line, size) for name in ("copy", "copy-start") for line, _, size in instructions(body, named=name)]
+    assert [line for line, size in moved if size >= CACHE // built.LAYERS or size in MATRICES] == []
+
+
+def test_a_step_dequantizes_no_matrix(compiled: tuple[str, str]) -> None:
+    """Nor does it make any other array of a matrix's size."""
+    kernels = ("fusion", "custom-call", "convert", "copy", "transpose")
+    made = [(line, size) for name in kernels for line, _, size in instructions(step(compiled[1]), named=name)]
+    assert len(made) > built.LAYERS * OF_A_MERGED_LAYER
+    assert [line for line, size in made if size in MATRICES] == []
+
+
+def test_the_host_waits_once_a_chunk(compiled: tuple[str, str]) -> None:
+    loops = [line for line in compiled[1].splitlines() if " while(" in line]
+    assert len([line for line in loops if "known_trip_count" not in line]) == 1
+
+
+def test_kernels_of_a_step(compiled: tuple[str, str]) -> None:
+    """Every one is a launch of a microsecond or more."""
+    weights, program = compiled
+    made = re.findall(r"^\s+(?:ROOT )?%\S+ = .*? (fusion|custom-call|copy|sort|reduce)\(", step(program), flags=re.M)
+    assert "sort" not in made
+    if weights == "bf16":
+        assert len(made) <= OUTSIDE_OF_LAYERS + OF_A_MERGED_LAYER * built.LAYERS
