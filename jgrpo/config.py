@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 MEMORY_DIAL = {
-    "fast": dict(microbatch_size=8, remat=False, offload=False, logprob_workspace=1024.0),
+    "fast": dict(microbatch_size=16, remat=False, offload=False, logprob_workspace=1024.0, rollout_weights="auto"),
     "balanced": dict(microbatch_size=8, remat=True, offload=False, logprob_workspace=256.0),
     "smallest": dict(microbatch_size=1, remat=True, offload=True, logprob_workspace=64.0),
 }
@@ -286,14 +286,14 @@ class TrainingConfig:
     microbatch_size: int = 8
     """Completions in one forward and backward; divides the completions of a minibatch."""
     memory: Literal["fast", "balanced", "smallest"] = "balanced"
-    """One dial for microbatch_size, remat, offload and logprob_workspace; those given as well win over it."""
+    """One dial for microbatch_size, remat, offload, logprob_workspace and rollout_weights; those given as well win over it."""
     share_prompt: bool = True
     """Compute a prompt once for its completions in a microbatch, in training too."""
     length_buckets: int | None = None
     """Sizes K that a microbatch's completions are packed into in training, without their padding: k/K of the padded size, a branch
     of the compiled program each; 1: the padding is computed; null: 8, on a CPU 1 (compiling takes longer than it saves)."""
     remat: bool = True
-    """Recompute each layer in the backward instead of keeping its activations."""
+    """Recompute each layer in the backward from its input; without it, the results of its matrix products are kept."""
     offload: bool = False
     """Keep the layers' inputs, which remat needs, in pinned host memory between forward and backward."""
     logprob_workspace: float = 256.0

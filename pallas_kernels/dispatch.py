@@ -2,6 +2,7 @@
 
 Each rule is a pure function, so that a test can read its decisions without owning the device. `REFERENCE` runs
 anywhere. `TRITON` needs compute capability 8.0 (bf16 tensor cores), 16-bit activations and the `jax-triton` package.
+`DEQUANTIZE`, which only the rule of the quantized product gives, is a kernel that unpacks the matrix, then cuBLAS.
 """
 
 import functools
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 REFERENCE = "reference"
 TRITON = "triton"
+DEQUANTIZE = "dequantize"
 
 INT4_MATMUL_GROUPS = (32, 64, 128)
 ATTENTION_HEAD_DIMS = (64, 128, 256)
@@ -78,11 +80,21 @@ INT4_CROSSOVER_ROWS = {9: 256, 8: 512}
 
 
 def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int, code: str = "int4") -> str:
-    """Fused while decoding (few rows), dequantize + cuBLAS while training (many rows)."""
-    if int4_matmul_problem(device, dtype, k, group, code):
-        return REFERENCE
-    assert device.capability is not None
-    return TRITON if m <= INT4_CROSSOVER_ROWS.get(device.capability[0], 256) else REFERENCE
+    """Fused while decoding (few rows), dequantize + cuBLAS while training (many rows) and for codes without a kernel."""
+    if int4_matmul_problem(device, dtype, k, group, code) is None:
+        assert device.capability is not None
+        if m <= INT4_CROSSOVER_ROWS.get(device.capability[0], 256):
+            return TRITON
+    return REFERENCE if dequantize_problem(device, dtype, k, group) else DEQUANTIZE
+
+
+def dequantize_problem(device: Device, dtype, k: int, group: int) -> str | None:
+    """Why the kernel that unpacks a whole matrix cannot run; None when it can, and then it is faster."""
+    if problem := _triton_problem(device, dtype):
+        return problem
+    if k % 64 or group & (group - 1):
+        return f"it needs a multiple of 64 inputs in groups of a power of two, got {k} in groups of {group}"
+    return None
 
 
 def decode_attention_problem(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import dispatch, reference
+from pallas_kernels import dequantized, dispatch, reference
 from pallas_kernels.codes import PER_BYTE
 
 
@@ -99,7 +99,8 @@ def _int4_matmul(
 
         return fused(x, packed, scales, layer, xa, lora_b, out_dtype)
     b = None if lora_b is None else _lora_layer(lora_b, layer)
-    return reference.int4_matmul(x, packed, scales, layer, xa, b, out_dtype, code)
+    many_rows = reference.int4_matmul if implementation == dispatch.REFERENCE else dequantized.matmul
+    return many_rows(x, packed, scales, layer, xa, b, out_dtype, code)
 
 
 def _forward(out_dtype, how, static_layer, x, packed, scales, traced_layer, xa, lora_b):
@@ -118,7 +119,8 @@ def _backward(out_dtype, how, static_layer, residuals, g):
     if isinstance(g, SymbolicZero):
         return None, None, None, None, None, None
     g = g.astype(like_x.dtype)
-    g, weight = reference.layer_weight(g, packed, scales, layer, how[1])
+    dequantize = reference.layer_weight if how[0] == dispatch.REFERENCE else dequantized.layer_weight
+    g, weight = dequantize(g, packed, scales, layer, how[1])
     dx = reference.einsum_to(like_x.dtype, "mn,nk->mk", g, weight)
     if xa is None:
         return dx, None, None, None, None, None

@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, reference
+from pallas_kernels.dequantized import layer_weight
 
 Transform = tuple[float, float | None]
 """(temperature, softcap): how logits become z."""
@@ -75,7 +76,7 @@ def _head_weight(hidden, head) -> tuple[Array, Array]:
     """hidden unchanged, and the head in hidden's dtype (an int4 head is dequantized again for each chunk)."""
     if isinstance(head, tuple):
         packed, scales = head
-        return reference.layer_weight(hidden, packed, scales, None)
+        return layer_weight(hidden, packed, scales, None)
     return hidden, head.astype(hidden.dtype)
 
 

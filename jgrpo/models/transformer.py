@@ -50,6 +50,11 @@ OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names
     offload_src="device",
     offload_dst="pinned_host",
 )
+PRODUCT = "product"
+"""Result of a linear layer, by its name for checkpoint policies."""
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+"""Without remat: the backward repeats what memory bandwidth pays for (norms, gates, the attention), and no matrix product.
+Keeping every activation instead would be three times the memory and, on an H200, no faster: writing them costs as much."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -102,8 +107,9 @@ class Transformer(nn.Module):
 
         `segments` numbers the sequences packed into a row, neighbours differently: none sees another, and each starts at
         position 0. With `shared`, tokens and result are `[Q, P + G·C]` (a prompt, its completions), or all of them without
-        padding in one row, and `lengths` those of the rows (prompt and completion) that they stand for. `remat` recomputes each layer in the backward from
-        its input, which `offload` keeps in pinned host memory; `dropout` draws the adapter's mask from the rng "dropout".
+        padding in one row, and `lengths` those of the rows (prompt and completion) that they stand for. `remat` recomputes
+        each layer in the backward from its input, which `offload` keeps in pinned host memory, and without it products are
+        kept; `dropout` draws the adapter's mask from the rng "dropout".
         """
         base, lora = self._base(), self._lora()
         positions = self._positions(tokens, segments, shared)
@@ -130,9 +136,8 @@ class Transformer(nn.Module):
             adapter = fuse(own_lora, self.config, self.lora.scale, self.dtype)
             return self._layer(x, weights, layer, adapter, attend, layer_key)
 
-        if remat:
-            policy = OFFLOAD_LAYER_INPUTS if offload else jax.checkpoint_policies.nothing_saveable
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        recomputed = OFFLOAD_LAYER_INPUTS if offload else jax.checkpoint_policies.nothing_saveable
+        body = jax.checkpoint(body, prevent_cse=False, policy=recomputed if remat else KEEP_PRODUCTS)
         x, _ = jax.lax.scan(body, self._embed(base, tokens), (jnp.arange(self.config.num_layers), sliced, lora))
         return self._norm(x, base["final_norm"])
 
@@ -393,7 +398,7 @@ class _Linear:
         else:
             y = matmul(x, weight, self.layer, adapter)
         bias = self.weights.get(f"{name}_bias")
-        return y if bias is None else y + _of_layer(bias, self.layer).astype(y.dtype)
+        return checkpoint_name(y if bias is None else y + _of_layer(bias, self.layer).astype(y.dtype), PRODUCT)
 
     def _drop(self, name: str, x: Array) -> Array:
         # Inverted dropout on the adapter's input, one mask for each base matrix.

@@ -16,7 +16,8 @@ those of its attention rows, and W = (H + 2K)·Hd:
   position, beside what the layer recomputed before (7·D, W, H·Hd a position, W + 2·H·Hd an attention row). In attention: its
   outputs, rows and their gradients. Where attention is not cuDNN's (a CPU, float32), also the scores of one block of
   queries, three times: XLA sets the space of that inner loop aside for the whole layer. Plus the layer's largest matrix in
-  the compute dtype. Without remat each layer keeps that first part, and 2·D + 2·F a position more, which remat fuses away.
+  the compute dtype. Without remat each layer keeps its products,
+  W + D + 2·F a position, and the largest moment is without them and what they are recomputed from.
 - log-probs: the logits of a chunk in float32 and their gradient (`logprob_chunk`), hidden states of the completions,
   twice, and a packed head in the compute dtype.
 - KV cache: of the prompts that are sampled at the same time (`prompts_at_once`).
@@ -139,8 +140,7 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
         prefill=prompts * prompt_width * wide + matrix,
         sampling=2 * rows * shape.vocab_size * 4 + decoding,
         gradients=2 * adapter,
-        layer_inputs=(2 if offloaded else layers) * layer_inputs
-        + (0 if config.training.remat else (layers - 1) * kept),
+        layer_inputs=(2 if offloaded else layers) * layer_inputs + layers * kept,
         layer=peak,
         logprobs=_logprob_bytes(config, model),
         host=layers * layer_inputs if offloaded else 0,
@@ -180,7 +180,7 @@ def adapter_sizes(config: TrainConfig, shape: ModelConfig) -> list[int]:
 def _activations(
     config: TrainConfig, shape: ModelConfig, item: int, prompt_width: int, cudnn: bool
 ) -> tuple[int, int, int]:
-    """(input of one layer, what its forward keeps, the peak of its backward) of one microbatch, in bytes."""
+    """(input of one layer, the products it keeps without remat, the peak of its backward) of one microbatch, in bytes."""
     batch, length = config.training.microbatch_size, config.rollout.max_completion_length
     group = gcd(batch, config.rollout.num_generations) if config.training.share_prompt else 1
     positions = batch // group * prompt_width + batch * length
@@ -193,7 +193,10 @@ def _activations(
     in_attention = attention + positions * (width + heads + qkv) + rows * (qkv + 2 * heads)
     scores = 0 if cudnn else 3 * batch * shape.num_heads * min(QUERY_BLOCK, rows // batch) * (rows // batch) * 4
     matrix = max(out * width for out, width in matrix_shapes(shape).values()) * item
-    kept = forward + positions * (2 * width + 2 * mlp)
+    kept = 0
+    if not config.training.remat:
+        kept = positions * (qkv + width + 2 * mlp)
+        in_mlp, in_attention = positions * 4 * (width + mlp), in_attention - positions * (qkv + width)
     return positions * width * item, kept * item, max(in_mlp, in_attention) * item + scores + matrix
 
 

@@ -17,7 +17,7 @@ from jax import ShapeDtypeStruct
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels import decode_attention_triton, int4_matmul_triton, rope_cache_triton, tuning
+from pallas_kernels import decode_attention_triton, dequantize_triton, int4_matmul_triton, rope_cache_triton, tuning
 
 
 def unfinished_products(ttgir: str) -> int:
@@ -98,8 +98,19 @@ def rope_and_cache(capability: int, layer_type: str, cache_type: str = "bfloat16
     return compile_kernel(rope_cache_triton.rope_and_cache_kernel, types, constants, blocks, capability)
 
 
+def dequantize(capability: int) -> tuple[int, int]:
+    """A layer of a stack, with the adapter's columns."""
+    packed, scales = ShapeDtypeStruct((2, 17920, 768), "uint8"), ShapeDtypeStruct((2, 17920, 24), "bfloat16")
+    constants = dequantize_triton.kernel_constants(packed, scales, "int4", 64) | {"LAYER_IS_POINTER": True}
+    types = {"packed_ptr": "*u8", "scales_ptr": "*bf16", "layer_ptr": "*i32", "tail_ptr": "*fp32", "table_ptr": "*fp32"}
+    blocks = SimpleNamespace(warps=dequantize_triton.WARPS, stages=1)
+    kernel = dequantize_triton.dequantize_kernel
+    return compile_kernel(kernel, {**types, "out_ptr": "*bf16"}, constants, blocks, capability)
+
+
 if __name__ == "__main__":
     for target in map(int, sys.argv[1:]):
+        print(f"dequantize-sm_{target}", *dequantize(target), flush=True)
         for rows in (16, 64, 128):
             print(f"int4_matmul-{rows}-sm_{target}", *int4_matmul(rows, target), flush=True)
         for head_dim in (64, 128, 256):

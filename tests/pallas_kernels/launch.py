@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from pallas_kernels import decode_attention_triton, int4_matmul_triton
+from pallas_kernels import decode_attention_triton, dequantize_triton, int4_matmul_triton
+from pallas_kernels.codes import NF4, PER_BYTE
 from pallas_kernels.tuning import WGMMA, AttentionConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
@@ -64,6 +65,27 @@ def int4_matmul(x, packed, scales, layer, xa, b, config: Int4Config, pointer: bo
         **int4_matmul_triton.kernel_constants(m, n, k, group, rank, config),
     )
     return out.sum(0).cpu().numpy()
+
+
+def dequantize(packed, scales, layer, dtype: str, code: str = "int4", tail=None, pointer: bool = True) -> np.ndarray:
+    """The kernel as `dequantize_triton.dequantize` launches it."""
+    table = torch.tensor(NF4, device=DEVICE)
+    packed, scales = (torch.as_tensor(array).to(DEVICE) for array in (packed, scales))
+    constants = dequantize_triton.kernel_constants(packed, scales, code, 0 if tail is None else tail.shape[-1])
+    columns = PER_BYTE[code] * constants["WIDTH"] + constants["R"]
+    out = poisoned(constants["N"], columns).to(getattr(torch, dtype))
+    dequantize_triton.dequantize_kernel[dequantize_triton.grid(constants)](
+        packed,
+        scales,
+        scalar(layer) if pointer else layer,
+        scales if tail is None else tail,
+        table,
+        out,
+        LAYER_IS_POINTER=pointer,
+        num_warps=dequantize_triton.WARPS,
+        **constants,
+    )
+    return float64(out)
 
 
 def decode_attention(

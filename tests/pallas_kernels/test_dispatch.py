@@ -23,12 +23,19 @@ H100_BARE = Device("gpu", (9, 0), False, "NVIDIA H100")
         (H100, jnp.bfloat16, 16, 48, "reference"),
         (H100, jnp.bfloat16, 16, 64, "triton"),
         (A100, jnp.float16, 64, 128, "triton"),
-        (H100, jnp.bfloat16, 8192, 64, "reference"),
-        (A100, jnp.bfloat16, 8192, 64, "reference"),
+        (H100, jnp.bfloat16, 8192, 64, "dequantize"),
+        (A100, jnp.bfloat16, 8192, 64, "dequantize"),
+        (H100, jnp.float32, 8192, 64, "reference"),
+        (H100, jnp.bfloat16, 8192, 48, "reference"),
     ],
 )
 def test_int4_matmul_rule(device, dtype, m, group, want):
     assert dispatch.int4_matmul_rule(device, dtype, m, 4096, group) == want
+
+
+@pytest.mark.parametrize("code", ["nf4", "int8"])
+def test_other_codes_are_unpacked_and_multiplied(code):
+    assert dispatch.int4_matmul_rule(H100, jnp.bfloat16, 16, 4096, 64, code) == "dequantize"
 
 
 @pytest.mark.parametrize(

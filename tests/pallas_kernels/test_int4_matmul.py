@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import int4_matmul
+from pallas_kernels import dequantized, int4_matmul
 from tests.pallas_kernels.oracles import random_int4, relative_error
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3}
@@ -26,6 +26,18 @@ def test_matches_float64(m, n, k, group, dtype):
     assert out.dtype == dtype
     assert out.shape == (m, n)
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("n", "k"), [(96, 64), (24, 128)], ids=["adapter's columns in the product", "added"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dequantized_product(n, k, dtype):
+    rng = np.random.default_rng(n)
+    packed, scales, weight = random_int4(rng, n, k, 32, layers=(3,))
+    x, xa, b = (jnp.asarray(rng.normal(size=shape), dtype) for shape in [(33, k), (33, 4), (n, 4)])
+    out = jax.jit(lambda layer: dequantized.matmul(x, packed, scales, layer, xa, b, dtype))(jnp.asarray(2))
+    assert out.dtype == dtype
+    want = np.asarray(x, np.float64) @ weight[2].T + np.asarray(xa, np.float64) @ np.asarray(b, np.float64).T
+    assert relative_error(out, want) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("stacked_b", [True, False])

@@ -8,7 +8,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, whose interpreter runs the kernels on a CPU", allow_module_level=True)
 
-from pallas_kernels import cache_codes
+from pallas_kernels import cache_codes, codes
 from pallas_kernels.tuning import MMA, MMA_SWAPPED, WGMMA
 from tests.pallas_kernels import launch
 from tests.pallas_kernels.launch import DTYPES, TOLERANCE, float64, rounded
@@ -75,6 +75,33 @@ def test_int4_matmul_with_bfloat16_scales(group):
     blocks = int4_blocks(product=WGMMA, block_m=64, block_k=128)
     out = launch.int4_matmul(x, packed, rounded(exact, "bfloat16"), 0, None, None, blocks)
     assert relative_error(out, float64(x) @ weight.T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(1, 64, 32), (7, 896, 64), (70, 1536, 128), (33, 3584, 64), (3, 256, 256)]
+)
+def test_dequantize(n, k, group, code, dtype):
+    rng = np.random.default_rng(n + k)
+    packed, scales, _ = random_int4(rng, n, k, group, layers=(3,))
+    if code == "int8":
+        packed = rng.integers(-127, 128, (3, n, k), dtype=np.int8)
+    want = rounded(codes.dequantize(packed, scales, np.float32, code), dtype)
+    for layer, pointer in ((2, True), (0, False), (1, True)):
+        np.testing.assert_array_equal(
+            launch.dequantize(packed, scales, layer, dtype, code, pointer=pointer), want[layer]
+        )
+
+
+@pytest.mark.parametrize("rank", [1, 12, 32, 96])
+def test_dequantize_appends_the_adapter(rank):
+    rng, dtype = np.random.default_rng(rank), DTYPES[0]
+    packed, scales, weight = random_int4(rng, 530, 128, 64)
+    tail = rounded(rng.normal(size=(530, rank)), dtype)
+    out = launch.dequantize(packed, scales, 0, dtype, tail=tail)
+    np.testing.assert_array_equal(out[:, :128], float64(rounded(weight, dtype)))
+    np.testing.assert_array_equal(out[:, 128:], float64(tail))
 
 
 def attention_case(rng, dtype, length, questions=2, generations=3, heads=4, kv_heads=2, depth=16, prompt=40, suffix=50):
