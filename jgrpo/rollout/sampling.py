@@ -44,6 +44,14 @@ class Draw(NamedTuple):
     """Log of the mass that truncation kept; logprob + log_kept is log-softmax(logits / temperature)[token]."""
 
 
+class Total(NamedTuple):
+    """Of a row of logits."""
+
+    largest: Float32[Array, "..."]
+    mass: Float32[Array, "..."]
+    """Sum of exp(logits - largest)."""
+
+
 def truncate(
     logits: Float[Array, "... V"], *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float32[Array, "... V"]:
@@ -54,18 +62,33 @@ def truncate(
 
 
 def keep_threshold(
-    logits: Float32[Array, "... V"], *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    logits: Float32[Array, "... V"],
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    total: Total | None = None,
 ) -> Float32[Array, "..."] | None:
-    """The smallest logit that is kept, never above the largest one; None if the settings keep everything."""
-    largest, threshold = jnp.max(logits, axis=-1), None
+    """The smallest logit that is kept, never above the largest one; None if the settings keep everything.
+
+    `total` of the logits, where it is known, saves a read.
+    """
+    if _keeps_everything(logits, top_k, top_p, min_p):
+        return None
+    total, threshold = total or total_of(logits), None
     if 0 < top_k < logits.shape[-1]:
         threshold = _kth_largest(logits, top_k)
     if top_p < 1.0:
-        threshold = _nucleus_threshold(logits, largest, top_p, threshold)
+        threshold = _nucleus_threshold(logits, total, top_p, threshold)
     if min_p > 0.0:
-        relative = largest + math.log(min_p)
+        relative = total.largest + math.log(min_p)
         threshold = relative if threshold is None else jnp.maximum(threshold, relative)
-    return None if threshold is None else jnp.minimum(threshold, largest)
+    assert threshold is not None
+    return jnp.minimum(threshold, total.largest)
+
+
+def _keeps_everything(logits: Float32[Array, "... V"], top_k: int, top_p: float, min_p: float) -> bool:
+    return not 0 < top_k < logits.shape[-1] and top_p >= 1.0 and min_p <= 0.0
 
 
 def draw(
@@ -86,14 +109,13 @@ def draw(
     if temperature == 0.0:
         return _greedy(logits)
     logits = logits / temperature
-    threshold = keep_threshold(logits, top_k=top_k, top_p=top_p, min_p=min_p)
-    token, largest, kept_mass = _invert_cdf(logits, threshold, uniform)
+    total = None if _keeps_everything(logits, top_k, top_p, min_p) else total_of(logits)
+    threshold = keep_threshold(logits, top_k=top_k, top_p=top_p, min_p=min_p, total=total)
+    token, kept = _invert_cdf(logits, threshold, uniform)
     logit = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    logprob = logit - largest - jnp.log(kept_mass)
-    if threshold is None:
-        return Draw(token, logprob, jnp.zeros_like(logprob))
-    mass = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-    return Draw(token, logprob, jnp.log(kept_mass) - jnp.log(mass))
+    logprob = logit - kept.largest - jnp.log(kept.mass)
+    log_kept = jnp.zeros_like(logprob) if total is None else jnp.log(kept.mass) - jnp.log(total.mass)
+    return Draw(token, logprob, log_kept)
 
 
 def _greedy(logits: Float32[Array, "... V"]) -> Draw:
@@ -104,24 +126,40 @@ def _greedy(logits: Float32[Array, "... V"]) -> Draw:
 
 def _invert_cdf(
     logits: Float32[Array, "... V"], threshold: Float32[Array, "..."] | None, uniform: Float32[Array, "..."]
-) -> tuple[Int32[Array, "..."], Float32[Array, "..."], Float32[Array, "..."]]:
-    """Token at quantile `uniform` of the kept weights exp(logits - largest), the largest logit, and the sum of those weights."""
-    vocab = logits.shape[-1]
-    width = math.isqrt(vocab - 1) + 1
-    blocks = -(-vocab // width)
+) -> tuple[Int32[Array, "..."], Total]:
+    """Token at quantile `uniform` of the kept weights exp(logits - largest), and the total of what is kept."""
 
     def kept(values: Float32[Array, "... N"]) -> Float32[Array, "... N"]:
         return values if threshold is None else jnp.where(values >= threshold[..., None], values, -jnp.inf)
 
-    padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * width - vocab)]
-    padded = jnp.pad(kept(logits), padding, constant_values=-jnp.inf)
-    highest, sums = exp_sums(padded.reshape(*logits.shape[:-1], blocks, width))
-    largest, mass = _reduce_pairs(highest, sums)
-    block, target = _quantile(sums * jnp.exp(highest - largest[..., None]), uniform * mass)
+    vocab, width = logits.shape[-1], _block_width(logits)
+    highest, sums = _block_sums(kept(logits))
+    total = Total(*_reduce_pairs(highest, sums))
+    weights = sums * jnp.exp(highest - total.largest[..., None])
+    block, target = _quantile(weights, uniform * total.mass)
     tokens = block[..., None] * width + jnp.arange(width)
     inside = kept(jnp.take_along_axis(logits, jnp.minimum(tokens, vocab - 1), axis=-1))
-    offset, _ = _quantile(jnp.where(tokens < vocab, jnp.exp(inside - largest[..., None]), 0.0), target)
-    return block * width + offset, largest, mass
+    offset, _ = _quantile(jnp.where(tokens < vocab, jnp.exp(inside - total.largest[..., None]), 0.0), target)
+    return block * width + offset, total
+
+
+def total_of(logits: Float32[Array, "... V"]) -> Total:
+    """Largest logit and mass, in one read on a GPU."""
+    return Total(*_reduce_pairs(*_block_sums(logits)))
+
+
+def _block_width(logits: Float32[Array, "... V"]) -> int:
+    """About the square root of V."""
+    return math.isqrt(logits.shape[-1] - 1) + 1
+
+
+def _block_sums(logits: Float32[Array, "... V"]) -> tuple[Float32[Array, "... blocks"], Float32[Array, "... blocks"]]:
+    """`exp_sums` of blocks."""
+    vocab, width = logits.shape[-1], _block_width(logits)
+    blocks = -(-vocab // width)
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * width - vocab)]
+    padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
+    return exp_sums(padded.reshape(*logits.shape[:-1], blocks, width))
 
 
 def exp_sums(values: Float32[Array, "... N"]) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
@@ -178,17 +216,14 @@ def _kth_largest(logits: Float32[Array, "... V"], k: int) -> Float32[Array, "...
 
 
 def _nucleus_threshold(
-    logits: Float32[Array, "... V"],
-    largest: Float32[Array, "..."],
-    top_p: float,
-    lowest: Float32[Array, "..."] | None,
+    logits: Float32[Array, "... V"], total: Total, top_p: float, lowest: Float32[Array, "..."] | None
 ) -> Float32[Array, "..."]:
     """Largest threshold above which lies top_p of the mass of the tokens at or above `lowest`."""
-    weights = jnp.exp(logits - largest[..., None])
+    weights, mass = jnp.exp(logits - total.largest[..., None]), total.mass
     if lowest is not None:
         weights = jnp.where(logits >= lowest[..., None], weights, 0.0)
-    needed = top_p * jnp.sum(weights, axis=-1)
-    threshold = _largest_threshold(logits, lambda kept: jnp.where(kept, weights, 0.0), needed)
+        mass = jnp.sum(weights, axis=-1)
+    threshold = _largest_threshold(logits, lambda kept: jnp.where(kept, weights, 0.0), top_p * mass)
     return threshold if lowest is None else jnp.maximum(threshold, lowest)
 
 
