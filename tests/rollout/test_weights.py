@@ -77,10 +77,13 @@ def test_cache_bytes_is_what_the_cache_takes(policy: Policy) -> None:
     assert cache_bytes(policy.model, coded, (5, 12)) == 3 * 2 * 2 * 20 * 5 * (12 + 2 * 12)
 
 
-def test_a_second_copy_compiles_nothing(int4_policy: Policy) -> None:
-    """A copy is made for every rollout, from an adapter of the same shapes."""
-    later = jax.tree.map(lambda x: x + 1, int4_policy.lora)
-    merge(*int4_policy)
+@pytest.mark.parametrize("weights", ["int4", "bf16"])
+def test_a_second_rollout_compiles_nothing(int4_policy: Policy, prompts: Prompts, weights: str) -> None:
+    """A run draws thousands; the adapter, the prompts and the key are others every time, their shapes are not."""
+    config = dataclasses.replace(CONFIG, rollout_weights=weights)
+    later = int4_policy._replace(lora=jax.tree.map(lambda x: x + 1, int4_policy.lora))
+    keys = jax.random.key(0), jax.random.key(1)
+    generate(*int4_policy, prompts, keys[0], config, eos_ids=(5,), pad_id=0)
     made: list[str] = []
 
     def listen(event: str, *_: float, **__: str | int) -> None:
@@ -88,7 +91,7 @@ def test_a_second_copy_compiles_nothing(int4_policy: Policy) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        merge(int4_policy.model, int4_policy.base, later)
+        generate(*later, prompts, keys[1], config, eos_ids=(5,), pad_id=0)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert made == []
