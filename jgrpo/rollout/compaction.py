@@ -2,7 +2,7 @@
 
 A compiled program has one shape, so rows are dropped in a few steps: a half, a quarter and an eighth of the batch. The loop
 over chunks tests on the device whether the live rows fit the next step, leaves if they do, and goes on in the program
-of that shape, which is compiled when a batch first gets there. A batch whose rows end together never leaves.
+of that shape, which is compiled when a batch first gets there or ahead of it (`ahead.py`). A batch whose rows end together never leaves.
 
 The live rows of a question need no longer be G. They are regrouped: a question with n live rows becomes ⌈n / G'⌉ questions of
 G' rows, which repeats its prompt in the cache and keeps every shape `[Q', G']` rectangular, so that attention needs no
@@ -11,8 +11,10 @@ table of rows. G' is at most G over twice the step, which holds the rows lost to
 Every row keeps its random numbers, so its tokens are those of a run without compaction.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -108,22 +110,43 @@ def smallest_fit(
 
 def shrink(stage: Stage, taken: np.ndarray, batch_rows: int) -> Stage:
     """The stage with the rows `taken`; the old one's cache is freed on the way, keys before values are copied."""
-    state, (_, group) = stage.state, stage.rows.shape
-    valid, index = jnp.asarray(taken >= 0), jnp.asarray(np.maximum(taken, 0), jnp.int32)
+    # What is made of the indices is made on the host: an operation outside the programs would be a program of its own.
+    index, valid = np.maximum(taken, 0).astype(np.int32), taken >= 0
     # A question's first row is always taken, or the question is filled up.
-    owner = index[:, 0] // group
-    prompts, suffixes = (functools.partial(_consume, index=which) for which in (owner, index))
-    cache = KVCache(
-        prompt_k=prompts(state.cache.prompt_k),
-        prompt_v=prompts(state.cache.prompt_v),
-        prompt_lengths=state.cache.prompt_lengths[owner],
-        k=suffixes(state.cache.k),
-        v=suffixes(state.cache.v),
-        length=state.cache.length,
-        prompt_scales=jax.tree.map(prompts, state.cache.prompt_scales),
-        scales=jax.tree.map(suffixes, state.cache.scales),
+    owner = index[:, 0] // np.int32(stage.rows.shape[1])
+    cache = _taken_cache(stage.state.cache, owner, index, _consume)
+    return _take_rest(stage, cache, index, owner, valid, batch_rows=batch_rows)
+
+
+def lower_shrink(stage: Stage, bucket: Bucket, batch_rows: int) -> list[jax.stages.Lowered]:
+    """The programs of `shrink` from shapes, the last of which returns the smaller stage."""
+    taken: dict[Any, jax.stages.Lowered] = {}
+
+    def take(stack: Array, index: Array) -> Any:
+        key = (stack.shape, stack.dtype, index.shape)
+        taken.setdefault(key, _take.lower(stack, index))
+        out = taken[key].out_info
+        return jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=stack.sharding)
+
+    shapes = [((bucket.questions,), jnp.int32), (bucket, jnp.int32), (bucket, jnp.bool_)]
+    owner, index, valid = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    cache = _taken_cache(stage.state.cache, owner, index, take)
+    return [*taken.values(), _take_rest.lower(stage, cache, index, owner, valid, batch_rows=batch_rows)]
+
+
+def _taken_cache(cache: KVCache, owner: Any, index: Any, take: Callable[[Any, Any], Any]) -> KVCache:
+    """The cache with every stack taken; the lengths stay for `_take_rest`."""
+    prompts, suffixes = (lambda stack, which=which: take(stack, which) for which in (owner, index))
+    return KVCache(
+        prompt_k=prompts(cache.prompt_k),
+        prompt_v=prompts(cache.prompt_v),
+        prompt_lengths=cache.prompt_lengths,
+        k=suffixes(cache.k),
+        v=suffixes(cache.v),
+        length=cache.length,
+        prompt_scales=jax.tree.map(prompts, cache.prompt_scales),
+        scales=jax.tree.map(suffixes, cache.scales),
     )
-    return _take_rest(stage, cache, index, valid, batch_rows)
 
 
 @jax.jit
@@ -143,12 +166,13 @@ def _consume(stack: Array, index: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("batch_rows",))
-def _take_rest(stage: Stage, cache: KVCache, index: Array, valid: Array, batch_rows: int) -> Stage:
+def _take_rest(stage: Stage, cache: KVCache, index: Array, owner: Array, valid: Array, batch_rows: int) -> Stage:
     def take(x: Array, axis: int = 0) -> Array:
         flat = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         return jnp.take(flat, index, axis=axis)
 
     state = stage.state
+    cache = dataclasses.replace(cache, prompt_lengths=cache.prompt_lengths[owner])
     return Stage(
         state=DecodeState(cache, take(state.hidden), jnp.where(valid, take(state.remaining), 0)),
         uniforms=take(stage.uniforms, 1),

@@ -157,7 +157,7 @@ class Run:
         compiled = self.compilations.count
         began = time.perf_counter()
         drawn, cursor = self._sample(step, times)
-        if self.config.rollout.compaction:  # its few smaller programs are compiled when a batch first gets there
+        if self.policy.environment is not None:  # its rounds' few shapes are compiled when a batch first gets there
             compiled = self.compilations.count
         rollout, experience = choose(drawn)
         batch, reward_metrics = self._advantages(rollout, experience, step, times)

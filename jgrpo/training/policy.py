@@ -15,6 +15,7 @@ from jgrpo.data import Example, pad_prompts
 from jgrpo.models import Transformer
 from jgrpo.models.rope import LENGTH_DEPENDENT
 from jgrpo.rollout import EnvironmentFactory, Prompts, Rollout, generate, generate_turns
+from jgrpo.rollout.ahead import compile_all, lower_rollout
 from jgrpo.training.compilation import enable_compilation_cache
 
 
@@ -30,6 +31,8 @@ class Policy:
     """Makes what answers the model's turns, one for each completion; None: a completion is one turn."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """How the base is stored, with the choices of `quantization: dynamic` filled in."""
+    prepared: set[Any] = field(default_factory=set, compare=False)
+    """Shapes and settings of rollouts all of whose programs are compiled."""
 
     @property
     def dtype(self) -> str:
@@ -58,11 +61,21 @@ class Policy:
         prompts = Prompts(tokens=tokens, lengths=lengths)  # type: ignore[arg-type]
         given, pad_id = (self.model, self.base, lora, prompts, key, config), self.tokenizer.pad_token_id
         if self.environment is None:
-            return generate(*given, eos_ids=self.eos_ids, pad_id=pad_id)
+            rollout = generate(*given, eos_ids=self.eos_ids, pad_id=pad_id)
+            self._compile_rest(given, pad_id)
+            return rollout
         environments = [self.environment() for _ in range(len(examples) * config.num_generations)]
         for row, environment in enumerate(environments):
             environment.reset(examples[row // config.num_generations].columns)
         return generate_turns(*given, environments, tokenizer=self.tokenizer, eos_ids=self.eos_ids, pad_id=pad_id)
+
+    def _compile_rest(self, given: tuple[Any, ...], pad_id: int) -> None:
+        """The programs that other lengths would need: behind the first rollout, whose tokens come first."""
+        _, _, lora, prompts, _, config = given
+        shape = (prompts.tokens.shape, config, bool(lora))
+        if shape not in self.prepared:
+            self.prepared.add(shape)
+            compile_all(lower_rollout(*given, eos_ids=self.eos_ids, pad_id=pad_id)[1])
 
 
 def load_policy(
