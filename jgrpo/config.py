@@ -291,7 +291,7 @@ class TrainingConfig:
     """Compute a prompt once for its completions in a microbatch, in training too."""
     length_buckets: int | None = None
     """Sizes K that a microbatch's completions are packed into in training, without their padding: k/K of the padded size, a branch
-    of the compiled program each; 1: the padding is computed; null: 8, on a CPU 1 (compiling takes longer than it saves)."""
+    of the compiled program each; 1: the padding is computed; null: 4, on a CPU 1 (compiling takes longer than it saves)."""
     remat: bool = True
     """Recompute each layer in the backward from its input; without it, the results of its matrix products are kept."""
     offload: bool = False

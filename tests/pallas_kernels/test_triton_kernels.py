@@ -87,7 +87,7 @@ def test_dequantize(n, k, group, code, dtype):
     packed, scales, _ = random_int4(rng, n, k, group, layers=(3,))
     if code == "int8":
         packed = rng.integers(-127, 128, (3, n, k), dtype=np.int8)
-    want = rounded(codes.dequantize(packed, scales, np.float32, code), dtype)
+    want = float64(rounded(codes.dequantize(packed, scales, np.float32, code), dtype))
     for layer, pointer in ((2, True), (0, False), (1, True)):
         np.testing.assert_array_equal(
             launch.dequantize(packed, scales, layer, dtype, code, pointer=pointer), want[layer]
