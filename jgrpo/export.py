@@ -84,14 +84,17 @@ class MergeCheck:
     """Least-squares factor of the adapter's effect in what merged - base is: 1 if it was merged right, 0 if not at all.
     Rounding errors, which have no direction, leave it alone even where they outweigh the effect."""
 
+    @property
+    def rounded_away(self) -> bool:
+        """Whether rounding moves the logits more than the adapter does."""
+        return self.difference > 0.5 * self.effect > 0
+
     def __str__(self) -> str:
-        text = (
+        return (
             f"merged vs base + adapter: logits differ by {self.difference:.2g} (RMS; bound {self.bound:.2g}), the adapter "
             f"moves them by {self.effect:.2g}, their standard deviation is {self.deviation:.2g}; the "
             f"merged model has {self.share:.2f} times the adapter's effect"
         )
-        drowned = self.difference > 0.5 * self.effect > 0
-        return text + ("; rounding outweighs the adapter: export in a wider dtype" if drowned else "")
 
 
 def check_merged(
@@ -125,7 +128,8 @@ def check_merged(
     # An effect far below the rounding says nothing about its share. Written so that NaN is refused too.
     measurable = check.effect > 0.05 * check.difference
     if not check.difference <= check.bound or (measurable and not abs(share - 1) < 0.5):
-        raise UserError(f"merged checkpoint refused, {check}; export in a wider dtype, or the adapter alone")
+        why = "; rounding to this dtype takes the adapter away" if check.rounded_away else ""
+        raise UserError(f"merged checkpoint refused, {check}{why}; export in a wider dtype, or the adapter alone")
     return check
 
 
@@ -204,7 +208,8 @@ def _export_merged_run(
         if settings.check:
             assert base is not None
             tokenizer = load_tokenizer(checkpoint)
-            print(check_merged(merged, base, lora, lora_config, model_config, kind, tokenizer))
+            found = check_merged(merged, base, lora, lora_config, model_config, kind, tokenizer)
+            print(f"{found}{'; rounding outweighs the adapter: export in a wider dtype' if found.rounded_away else ''}")
 
     into = None if original else base
     if settings.format == "gguf":

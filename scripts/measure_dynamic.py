@@ -89,7 +89,7 @@ def report(path: Path, settings: QuantizationConfig) -> None:
     for name in ("int4", "dynamic"):
         logits, nbytes = results[name]
         error = np.sqrt(np.mean((logits - exact) ** 2))
-        print(f"{name:8s} {nbytes / 1e6:9.2f} MB ({nbytes / int4_bytes - 1:+.1%})  logit error (RMS) {error:.4f}")
+        print(f"{name:8s} {nbytes / 1e6:9.2f} MB ({nbytes / int4_bytes - 1:+.3%})  logit error (RMS) {error:.4f}")
     print(f"wider: {', '.join(dynamic.wide_matrices) or 'nothing'}")
 
 
