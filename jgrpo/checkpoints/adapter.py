@@ -57,11 +57,16 @@ def export_adapter(
     adapter. Raises UserError if `out` cannot be written; then nothing of it is left.
     """
     tensors = {
-        f"base_model.model.{prefix}.{part}.weight": np.asarray(lora[module][ours][layer], np.float32)
+        f"base_model.model.{_in_whole(prefix) if model_config.multimodal else prefix}.{part}.weight": np.asarray(
+            lora[module][ours][layer], np.float32
+        )
         for layer, module, prefix in _adapted(model_config, lora)
         for ours, part in _PARTS.items()
     }
-    settings = _peft_config(lora_config, sorted(lora), base_model_name)
+    modules = sorted(lora)
+    # By name alone PEFT would adapt the vision model's projections as well.
+    targets = rf".*\.language_model\..*\.({'|'.join(modules)})" if model_config.multimodal else modules
+    settings = _peft_config(lora_config, targets, base_model_name)
     with atomic_directory(out, replace=replace) as directory:
         write_tensors(directory / WEIGHTS, tensors)
         (directory / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -77,7 +82,20 @@ def _adapted(model_config: ModelConfig, modules: Any) -> Iterator[tuple[int, str
                 yield layer, module, prefixes[module][layer]
 
 
-def _peft_config(lora_config: LoraConfig, modules: list[str], base_model_name: str) -> dict[str, Any]:
+def _in_whole(prefix: str) -> str:
+    """The name of a text model's module in the multimodal model that it is part of."""
+    return prefix.replace("model.", "model.language_model.", 1)
+
+
+def _index(path: Path) -> dict[str, TensorInfo]:
+    """The adapter's tensors, under the text model's own names; transformers 4 and 5 nest it differently."""
+    index = read_header(path / WEIGHTS)
+    for nested in (".model.language_model.layers.", ".language_model.model.layers."):
+        index = {name.replace(nested, ".model.layers."): info for name, info in index.items()}
+    return index
+
+
+def _peft_config(lora_config: LoraConfig, modules: list[str] | str, base_model_name: str) -> dict[str, Any]:
     local = base_model_name == "demo" or Path(base_model_name).expanduser().is_dir()
     return {
         "peft_type": "LORA",
@@ -103,7 +121,7 @@ def load_adapter(path: str | Path, model_config: ModelConfig) -> tuple[dict[str,
     """
     path = Path(path).expanduser()
     lora_config = adapter_settings(path)
-    settings, index = read_json(path / CONFIG), read_header(path / WEIGHTS)
+    settings, index = read_json(path / CONFIG), _index(path)
     modules = lora_config.target_modules
     expected = _expected_shapes(model_config, lora_config)
     _check_fits(path, index, expected, str(settings.get("base_model_name_or_path")))

@@ -2,8 +2,12 @@
 
 A checkpoint is a local directory, a hub id (downloaded by `huggingface_hub` into its cache), or "demo", the model
 shipped with jgrpo. It holds `model.safetensors`, or shards listed by `model.safetensors.index.json`.
+
+Of a model that also sees images (Gemma 3 from 4B on) the text model is taken, under the names that it has alone; an
+adapter's names keep their place in the whole model, so that PEFT finds it.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -13,12 +17,22 @@ from typing import Any
 from jgrpo.checkpoints.safetensors_io import TensorInfo, read_header
 from jgrpo.errors import UserError
 from jgrpo.models import ModelConfig, model_config_from_hf
+from jgrpo.models.families import FAMILIES
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # The same weights once more, in their authors' own format.
 _NOT_DOWNLOADED = ("consolidated*", "original/*")
+_TEXT_MODELS = {"gemma3": "gemma3_text"}
+"""model_type of a multimodal model, and of its text model."""
+_TEXT_NAMES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_SHARED_SETTINGS = ("dtype", "torch_dtype", "quantization_config", "eos_token_id", "tie_word_embeddings")
 
 
 def resolve_checkpoint(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -76,7 +90,17 @@ def _download(repository: str, revision: str | None, files: Sequence[str]) -> Pa
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The dictionary of `config.json`; UserError if it is missing or broken."""
+    """The dictionary of `config.json`, of a multimodal model the text model's; UserError if it is missing or broken."""
+    config = _whole_config(path)
+    family = _TEXT_MODELS.get(str(config.get("model_type")))
+    if family is None:
+        return config
+    shared = {key: config[key] for key in _SHARED_SETTINGS if key in config}
+    text = {"architectures": [FAMILIES[family].architecture], **(config.get("text_config") or {}), **shared}
+    return text | {"model_type": family}
+
+
+def _whole_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         hint = "; this is a PEFT adapter, give its base model" if (path / "adapter_config.json").is_file() else ""
@@ -98,11 +122,24 @@ def read_json(file: Path) -> dict[str, Any]:
 def load_model_config(model: str | Path, revision: str | None = None, weights: bool = True) -> ModelConfig:
     """Shapes and switches of the checkpoint's model; without `weights`, nothing else of it is downloaded."""
     path = resolve_checkpoint(model, revision, weights)
-    return model_config_from_hf(read_config(path), str(path / "config.json"))
+    config = model_config_from_hf(read_config(path), str(path / "config.json"))
+    return dataclasses.replace(config, multimodal=_whole_config(path).get("model_type") in _TEXT_MODELS)
 
 
 def tensor_index(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint by name; UserError names a missing or damaged file."""
+    """Every tensor of the (text) model by name; UserError names a missing or damaged file."""
+    index = _whole_index(path)
+    if not (path / "config.json").is_file() or _whole_config(path).get("model_type") not in _TEXT_MODELS:
+        return index
+    return {_text_name(name): info for name, info in index.items() if not name.startswith(_OTHER_PARTS)}
+
+
+def _text_name(name: str) -> str:
+    prefix = next((prefix for prefix in _TEXT_NAMES if name.startswith(prefix)), "")
+    return _TEXT_NAMES.get(prefix, "") + name.removeprefix(prefix)
+
+
+def _whole_index(path: Path) -> dict[str, TensorInfo]:
     if (path / INDEX).is_file():
         return _sharded_index(path)
     if (path / SINGLE).is_file():

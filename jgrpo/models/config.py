@@ -68,6 +68,8 @@ class ModelConfig:
     """Sliding window of each layer in positions (None: full attention); empty: full attention everywhere."""
     local_rope: RopeConfig | None = None
     """Rotary embedding of the layers with a window, where it is not `rope`."""
+    multimodal: bool = False
+    """The checkpoint is that of a model that also sees images; this is its text model."""
     fused_projections: bool = False
     """The checkpoint's modules are `qkv_proj` and `gate_up_proj`: what an adapter is attached to."""
     activation: str = "silu"
