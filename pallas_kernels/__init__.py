@@ -7,10 +7,30 @@ NVIDIA GPUs of compute capability 8.0 and up a fused kernel runs where it is fas
 Operations on layers take the stack of all layers and a layer index: a slice in front of a custom call would be copied.
 """
 
+from pallas_kernels.add_rms_norm import add_rms_norm, rms_norm
 from pallas_kernels.codes import NF4, dequantize
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.dense_matmul import dense_partial_sums
+from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
+from pallas_kernels.int4_matmul import int4_matmul, int4_partial_sums, reads_permuted
 from pallas_kernels.rope_cache import rope_and_cache
+from pallas_kernels.rows import Rows, joined
 from pallas_kernels.token_logprobs import token_logprobs
 
-__all__ = ["NF4", "decode_attention", "dequantize", "int4_matmul", "rope_and_cache", "token_logprobs"]
+__all__ = [
+    "ACTIVATIONS",
+    "NF4",
+    "Rows",
+    "add_rms_norm",
+    "decode_attention",
+    "dense_partial_sums",
+    "dequantize",
+    "gated_activation",
+    "int4_matmul",
+    "int4_partial_sums",
+    "joined",
+    "reads_permuted",
+    "rms_norm",
+    "rope_and_cache",
+    "token_logprobs",
+]

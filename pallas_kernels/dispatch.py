@@ -97,6 +97,23 @@ def dequantize_problem(device: Device, dtype, k: int, group: int) -> str | None:
     return None
 
 
+def dense_matmul_problem(device: Device, dtype, weight_dtype, k: int) -> str | None:
+    """Why the kernel of 16-bit weights cannot run this product; None when it can."""
+    if problem := _triton_problem(device, dtype):
+        return problem
+    if jnp.dtype(weight_dtype) != jnp.dtype(dtype):
+        return f"weights must have the activations' type, got {jnp.dtype(weight_dtype).name}"
+    return f"K must divide by 64, got {k}" if k % 64 else None
+
+
+def dense_matmul_rule(device: Device, dtype, weight_dtype, k: int, measured: tuple[float, float] | None) -> str:
+    """The kernel where it was measured to be faster: `measured` is (its time, the library's), None for unmeasured shapes."""
+    if dense_matmul_problem(device, dtype, weight_dtype, k) or measured is None:
+        return REFERENCE
+    kernel, library = measured
+    return TRITON if kernel < library else REFERENCE
+
+
 def decode_attention_problem(
     device: Device, dtype, head_dim: int, static_window: bool = True, softcap: float | None = None, cache_dtype=None
 ) -> str | None:
@@ -128,6 +145,22 @@ def rope_and_cache_problem(device: Device, dtype, head_dim: int, cache_dtype=Non
     if cache_dtype is not None and jnp.dtype(cache_dtype).name.startswith("float8") and device.capability < (8, 9):
         return f"a cache of {jnp.dtype(cache_dtype).name} needs compute capability 8.9; int8 does not"
     return None
+
+
+NORM_WIDTH = 8192
+"""Widest row that the norm's kernel keeps in the registers of one program."""
+
+
+def add_rms_norm_problem(device: Device, dtype, width: int) -> str | None:
+    """Why the kernel of residual and norm cannot run rows of `width`; None when it can, and then it is faster."""
+    if problem := _triton_problem(device, dtype):
+        return problem
+    return f"rows must have at most {NORM_WIDTH} columns, got {width}" if width > NORM_WIDTH else None
+
+
+def gated_activation_problem(device: Device, dtype) -> str | None:
+    """Why the kernel of the MLP's gate cannot run; None when it can, and then it is faster."""
+    return _triton_problem(device, dtype)
 
 
 def resolve(op: str, implementation: str | None, chosen: str, problem: str | None) -> str:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import dequantized, dispatch, reference
+from pallas_kernels import dequantized, dispatch, reference, tuning
 from pallas_kernels.codes import PER_BYTE
+from pallas_kernels.rows import Rows
 
 
 def int4_matmul(
@@ -46,18 +47,62 @@ def int4_matmul(
       TypeError: under differentiation with respect to `scales`.
     """
     _check_shapes(x, packed, scales, layer, xa, lora_b, code)
+    chosen = _implementation(x, packed, scales, code, implementation)
+    # A Python index stays one: the kernel then gets it as an argument instead of reading it from memory first.
+    static = layer if layer is None or isinstance(layer, int) else None
+    traced = None if layer is static else jnp.asarray(layer, jnp.int32)
+    return _int4_matmul(jnp.dtype(out_dtype or x.dtype), (chosen, code), static, x, packed, scales, traced, xa, lora_b)
+
+
+def int4_partial_sums(
+    rows: Rows,
+    packed: UInt8[Array, "*L N K2"],
+    scales: Float[Array, "*L N K_g"],
+    *,
+    layer: Int[Array, ""] | int | None = None,
+    xa: Float[Array, "M R"] | None = None,
+    lora_b: Float[Array, "*L N R"] | None = None,
+    implementation: str | None = None,
+    code: str = "int4",
+) -> Float[Array, "S M N"]:
+    """`int4_matmul` as the partial sums that the kernel leaves, for a consumer that adds them; not differentiable.
+
+    float32 where the kernel splits K, else one part in the rows' dtype. Arguments and errors are those of `int4_matmul`,
+    except that `rows` may bring their permuted columns along: without them, an operation of their own permutes them.
+    """
+    x = rows.plain
+    _check_shapes(x, packed, scales, layer, xa, lora_b, code)
+    if rows.permuted is not None and rows.permuted.shape != x.shape:
+        raise ValueError(f"int4_partial_sums: permuted rows must be {x.shape}, got {rows.permuted.shape}")
+    layer = layer if layer is None or isinstance(layer, int) else jnp.asarray(layer, jnp.int32)
+    chosen = _implementation(x, packed, scales, code, implementation)
+    if chosen == dispatch.TRITON:
+        from pallas_kernels.int4_matmul_triton import partial_sums
+
+        return partial_sums(x, rows.permuted, packed, scales, layer, xa, lora_b, x.dtype)
+    b = None if lora_b is None else _lora_layer(lora_b, layer)
+    return _many_rows(chosen)(x, packed, scales, layer, xa, b, x.dtype, code)[None]
+
+
+def reads_permuted(
+    m: int, dtype, packed: UInt8[Array, "*L N K2"], scales: Float[Array, "*L N K_g"], code: str = "int4"
+) -> bool:
+    """Whether the product with these weights reads its M rows with permuted columns, on this device."""
+    group, (n, k) = reference.group_size(packed, scales, code), (packed.shape[-2], PER_BYTE[code] * packed.shape[-1])
+    if dispatch.int4_matmul_rule(dispatch.current_device(), dtype, m, k, group, code) != dispatch.TRITON:
+        return False
+    return tuning.int4_config(m, n, k, group).product == tuning.WGMMA
+
+
+def _implementation(x, packed, scales, code: str, implementation: str | None) -> str:
     device, group = dispatch.current_device(), reference.group_size(packed, scales, code)
     m, k = x.shape
-    chosen = dispatch.resolve(
+    return dispatch.resolve(
         "int4_matmul",
         implementation,
         dispatch.int4_matmul_rule(device, x.dtype, m, k, group, code),
         dispatch.int4_matmul_problem(device, x.dtype, k, group, code),
     )
-    # A Python index stays one: the kernel then gets it as an argument instead of reading it from memory first.
-    static = layer if layer is None or isinstance(layer, int) else None
-    traced = None if layer is static else jnp.asarray(layer, jnp.int32)
-    return _int4_matmul(jnp.dtype(out_dtype or x.dtype), (chosen, code), static, x, packed, scales, traced, xa, lora_b)
 
 
 def _check_shapes(x, packed, scales, layer, xa, lora_b, code) -> None:
@@ -99,8 +144,11 @@ def _int4_matmul(
 
         return fused(x, packed, scales, layer, xa, lora_b, out_dtype)
     b = None if lora_b is None else _lora_layer(lora_b, layer)
-    many_rows = reference.int4_matmul if implementation == dispatch.REFERENCE else dequantized.matmul
-    return many_rows(x, packed, scales, layer, xa, b, out_dtype, code)
+    return _many_rows(implementation)(x, packed, scales, layer, xa, b, out_dtype, code)
+
+
+def _many_rows(implementation: str):
+    return reference.int4_matmul if implementation == dispatch.REFERENCE else dequantized.matmul
 
 
 def _forward(out_dtype, how, static_layer, x, packed, scales, traced_layer, xa, lora_b):

@@ -11,11 +11,11 @@ Three forms of the product (`tuning.Int4Config.product`):
 - mma_swapped: the weights are the left operand. Fewer register moves; two warps, since with four Triton takes wgmma.
 - wgmma (Hopper): the weights are the left operand, from registers; x^T is read from shared memory by the tensor core.
   Its fragments hold elements (2t, 2t+1, 2t+8, 2t+9) of every 16 where a thread's four bytes are (4t .. 4t+3), so x's
-  columns are permuted to match before the launch (`permute_columns`; XLA fuses that into whatever produced x). The
+  columns are permuted to match before the launch (`rows.permute_columns`), unless whatever produced x did so. The
   weight tile is read as [N/8, K/16, 8, 16] blocks, which lie free of bank conflicts.
 
-Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float32 partial sums are written and XLA adds
-them; the first split adds the LoRA product.
+Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float32 partial sums are written, for XLA or for
+the consumer to add; the first split adds the LoRA product.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float
 
 from pallas_kernels import reference, tuning
+from pallas_kernels.rows import permute_columns
 
 _BF16_PAIRS = tl.constexpr(
     """{
@@ -180,12 +180,6 @@ def int4_matmul_kernel(
         tl.store(out_ptr + rows_m[:, None] * N + rows_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def permute_columns(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
-    """x with every 16 columns reordered for the swapped product: (4t + 2h + j) -> (8h + 2t + j)."""
-    m, k = x.shape
-    return x.reshape(m, k // 16, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(m, k)
-
-
 def kernel_constants(m: int, n: int, k: int, group: int, rank: int, config: tuning.Int4Config) -> dict:
     """The kernel's shape and block parameters, shared by the GPU launch and the interpreter's tests."""
     return {
@@ -211,17 +205,28 @@ def grid(m: int, n: int, config: tuning.Int4Config) -> tuple[int, int, int]:
 
 
 def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
-    """Launch the kernel; the arguments are those of `pallas_kernels.int4_matmul`, `config` overrides the tuned blocks."""
+    """[M, N]: the kernel's partial sums added up; the arguments are those of `pallas_kernels.int4_matmul`."""
+    parts = partial_sums(x, None, packed, scales, layer, xa, lora_b, out_dtype, config)
+    if parts.shape[0] == 1:
+        return parts[0]
+    # Slices and additions rather than a reduction: XLA then fuses them with what follows into one elementwise kernel.
+    return functools.reduce(jnp.add, [parts[split] for split in range(parts.shape[0])]).astype(out_dtype)
+
+
+def partial_sums(x, permuted, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
+    """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
+
+    `permuted` is x with permuted columns where the caller has it, `config` overrides the tuned blocks.
+    """
     from pallas_kernels.triton_launch import triton_call
 
     (m, k), n, group = x.shape, packed.shape[-2], reference.group_size(packed, scales)
     config = config or tuning.int4_config(m, n, k, group)
     rank = 0 if xa is None else xa.shape[1]
-    x = permute_columns(x) if config.product == tuning.WGMMA else x
+    if config.product == tuning.WGMMA:
+        x = permute_columns(x) if permuted is None else permuted
     unused = scales  # a pointer that the kernel never follows
-    partial_sums = config.split_k > 1
-    out_shape = (config.split_k, m, n) if partial_sums else (m, n)
-    out = triton_call(
+    return triton_call(
         x,
         packed,
         scales,
@@ -229,7 +234,7 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.
         unused if xa is None else xa,
         unused if lora_b is None else lora_b,
         kernel=int4_matmul_kernel,
-        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32 if partial_sums else out_dtype),
+        out_shape=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else out_dtype),
         grid=grid(m, n, config),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -239,10 +244,6 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.
         DTYPE=_triton_type(x.dtype),
         **kernel_constants(m, n, k, group, rank, config),
     )
-    if not partial_sums:
-        return out
-    # Slices and additions rather than a reduction: XLA then fuses them with what follows into one elementwise kernel.
-    return functools.reduce(jnp.add, [out[split] for split in range(config.split_k)]).astype(out_dtype)
 
 
 def _triton_type(dtype):

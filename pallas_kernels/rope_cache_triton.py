@@ -1,7 +1,7 @@
 """Norm, rotation and cache write of one token's heads for NVIDIA GPUs: one program for each row and head.
 
-The halves that the rotation mixes are loaded apart, so nothing is shuffled. Values are rounded to the compute dtype where
-the jnp twin rounds them.
+The halves that the rotation mixes are loaded apart, so nothing is shuffled. Partial sums and bias are added in float32;
+after that, values are rounded to the compute dtype where the jnp twin rounds them.
 """
 
 import jax
@@ -23,6 +23,7 @@ def rope_and_cache_kernel(
     v_scale_in_ptr,
     q_norm_ptr,
     k_norm_ptr,
+    bias_ptr,
     slot_ptr,
     layer_ptr,
     q_ptr,
@@ -36,6 +37,8 @@ def rope_and_cache_kernel(
     KV: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIASED: tl.constexpr,
     EPS: tl.constexpr,
     NORMED: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -55,9 +58,18 @@ def rope_and_cache_kernel(
     layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
     slot = tl.load(slot_ptr) if SLOT_IS_POINTER else slot_ptr
     depth = tl.arange(0, HALF)
-    source = qkv_ptr + row * ((H + 2 * KV) * D) + head * D + depth
-    first = tl.load(source).to(tl.float32)
-    second = tl.load(source + HALF).to(tl.float32)
+    first = tl.zeros((HALF,), tl.float32)
+    second = tl.zeros((HALF,), tl.float32)
+    for part in tl.static_range(PARTS):
+        source = qkv_ptr + ((part * ROWS + row) * (H + 2 * KV) + head) * D + depth
+        first += tl.load(source).to(tl.float32)
+        second += tl.load(source + HALF).to(tl.float32)
+    if BIASED:
+        bias = bias_ptr + (layer * (H + 2 * KV) + head) * D + depth
+        first += tl.load(bias).to(tl.float32)
+        second += tl.load(bias + HALF).to(tl.float32)
+    first = first.to(DTYPE).to(tl.float32)
+    second = second.to(DTYPE).to(tl.float32)
 
     if head < H + KV:
         if NORMED:
@@ -98,17 +110,19 @@ def rope_and_cache_kernel(
         tl.store(target + HALF, second.to(k_ptr.dtype.element_ty))
 
 
-def kernel_constants(qkv, k, eps: float, normed: bool) -> dict:
+def kernel_constants(parts, k, eps: float, normed: bool, biased: bool = False) -> dict:
     """The kernel's shapes, shared by the GPU launch and the interpreter's tests."""
     _, questions, group, kv_heads, slots, head_dim = k.shape
     name = str(k.dtype).removeprefix("torch.")
     return {
         "G": group,
         "ROWS": questions * group,
-        "H": qkv.shape[-1] // head_dim - 2 * kv_heads,
+        "H": parts.shape[-1] // head_dim - 2 * kv_heads,
         "KV": kv_heads,
         "C": slots,
         "D": head_dim,
+        "PARTS": parts.shape[0],
+        "BIASED": biased,
         "EPS": eps,
         "NORMED": normed,
         "LARGEST": cache_codes.LARGEST.get(name, 0.0),
@@ -122,18 +136,18 @@ def grid(constants: dict) -> tuple[int, int]:
     return constants["ROWS"], constants["H"] + 2 * constants["KV"]
 
 
-def rope_and_cache(qkv, cos, sin, k, v, slot, layer, norms, eps, scales):
-    """Launch the kernel; the arguments are those of `pallas_kernels.rope_and_cache`."""
+def rope_and_cache(parts, cos, sin, k, v, slot, layer, norms, eps, scales, bias, dtype):
+    """Launch the kernel; the arguments are those of `pallas_kernels.rope_and_cache`, qkv always as partial sums."""
     from pallas_kernels.triton_launch import triton_call
 
-    constants = kernel_constants(qkv, k, eps, norms is not None)
+    constants = kernel_constants(parts, k, eps, norms is not None, bias is not None)
     q_norm, k_norm = norms or (cos, cos)  # pointers that the kernel doesn't follow
-    rotated = jax.ShapeDtypeStruct((*qkv.shape[:2], constants["H"], constants["D"]), qkv.dtype)
+    rotated = jax.ShapeDtypeStruct((*k.shape[1:3], constants["H"], constants["D"]), dtype)
     cache = jax.ShapeDtypeStruct(k.shape, k.dtype)
     coded = () if scales is None else scales
     outputs = [rotated, cache, cache, *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in coded)]
     q, k, v, *scales_out = triton_call(
-        qkv,
+        parts,
         cos,
         sin,
         k,
@@ -141,6 +155,7 @@ def rope_and_cache(qkv, cos, sin, k, v, slot, layer, norms, eps, scales):
         *(coded or (cos, cos)),
         q_norm,
         k_norm,
+        cos if bias is None else bias,
         slot,
         layer,
         kernel=rope_and_cache_kernel,
@@ -148,7 +163,7 @@ def rope_and_cache(qkv, cos, sin, k, v, slot, layer, norms, eps, scales):
         grid=grid(constants),
         num_warps=1,
         input_output_aliases={3: 1, 4: 2, **({5: 3, 6: 4} if coded else {})},
-        DTYPE={"bfloat16": tl.bfloat16, "float16": tl.float16}[qkv.dtype.name],
+        DTYPE={"bfloat16": tl.bfloat16, "float16": tl.float16}[dtype.name],
         SLOT_IS_POINTER=isinstance(slot, jax.Array),
         LAYER_IS_POINTER=isinstance(layer, jax.Array),
         **constants,

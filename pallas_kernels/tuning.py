@@ -34,8 +34,28 @@ class Int4Config:
 
 
 @dataclass(frozen=True)
+class DenseConfig:
+    """Blocks of the product with 16-bit weights; swapped: the weights are its left operand."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    swapped: bool
+    warps: int
+    stages: int
+
+    def fits(self, k: int) -> bool:
+        """Whether the kernel can run this K: whole blocks, at least one a split."""
+        return k % self.block_k == 0 and self.split_k <= k // self.block_k
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
-    """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has."""
+    """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has.
+
+    prompt_splits = 0: the programs of the suffixes read the prompt too, each its own; suffix_splits must then be 1.
+    """
 
     block_slots: int
     prompt_rows: int
@@ -98,6 +118,33 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
+def dense_measurement(m: int, n: int, k: int) -> tuple[float, float] | None:
+    """Microseconds of (the kernel, the library) for x [M, K] @ W [N, K]^T, its consumer's reads included; None: unmeasured."""
+    entry = _dense_entry(m, n, k)
+    return None if entry is None else (entry["us"], entry["library_us"])
+
+
+def dense_config(m: int, n: int, k: int) -> DenseConfig:
+    """The blocks for x [M, K] @ W [N, K]^T on the current device."""
+    entry = _dense_entry(m, n, k)
+    return dense_heuristic(m, n, k) if entry is None else DenseConfig(**entry["config"])
+
+
+def _dense_entry(m: int, n: int, k: int) -> dict | None:
+    """The measurement of this N and K with the fewest rows that are not below M."""
+    entries = tuned(dispatch.current_device().name).get("dense_matmul", [])
+    return min((e for e in entries if (e["n"], e["k"]) == (n, k) and e["m"] >= m), key=lambda e: e["m"], default=None)
+
+
+def dense_heuristic(m: int, n: int, k: int, *, multiprocessors: int = 132) -> DenseConfig:
+    """Tiles of 64 weights by all rows up to 128; K split until every multiprocessor has a program."""
+    block_m = min(max(16, _power_of_two(m)), 128)
+    block_k = next(size for size in (128, 64) if k % size == 0)
+    tiles = math.ceil(n / 64) * math.ceil(m / block_m)
+    split_k = max(1, min(multiprocessors // tiles, k // block_k // 2))
+    return DenseConfig(block_m, 64, block_k, split_k, True, warps=4, stages=4 if block_m <= 64 else 3)
+
+
 def attention_config(rows: int, prompts: int, head_dim: int, share: int) -> AttentionConfig:
     """The blocks for `rows` = Q * G * K suffixes and `prompts` = Q * K shared prompts, `share` = H / K heads each."""
     entries = tuned(dispatch.current_device().name).get("decode_attention", [])
@@ -116,6 +163,6 @@ def attention_heuristic(rows: int, prompts: int, head_dim: int, *, multiprocesso
     return AttentionConfig(64 if head_dim <= 128 else 32, 32, suffix_splits, prompt_splits, warps=4, stages=3)
 
 
-def as_entry(config: Int4Config | AttentionConfig, **shape: int) -> dict:
+def as_entry(config: Int4Config | DenseConfig | AttentionConfig, **shape: int) -> dict:
     """An entry of a tuned file."""
     return {**shape, "config": asdict(config)}

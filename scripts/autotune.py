@@ -1,23 +1,22 @@
 """Measure block sizes of the kernels on this GPU and write pallas_kernels/tuned/<device>.json.
 
-    python scripts/autotune.py [--op int4_matmul|decode_attention] [--rows 16 64] [--shapes qwen2.5-1.5b llama-3.1-8b]
-        [--output FILE] [--time-limit SECONDS]
+    python scripts/autotune.py [--op int4_matmul|dense_matmul|decode_attention] [--rows 16 64]
+        [--shapes qwen2.5-1.5b llama-3.1-8b] [--output FILE] [--time-limit SECONDS]
+
+One JSON line for every shape: microseconds, GB/s, part of the bytes bound, and what cuBLAS takes with bf16 weights.
 
 Kernels are launched on torch tensors (as the tests do) and replayed from a CUDA graph that walks through a stack of
 layers larger than the L2 cache, so the times are those of a decoding loop without its host. Compilation runs in
 parallel processes first, into Triton's cache. Every configuration is checked against a plain product before it is timed.
-Splits of K leave partial sums that XLA adds inside the consumer; reading them is charged at 3 TB/s.
+Splits of K leave partial sums that their consumer adds; reading them is charged at 3 TB/s.
 """
 
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
-import random
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes and configurations are JAX's business here
@@ -25,6 +24,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes and configurations 
 import torch
 import triton
 import triton.language as tl
+from kernel_timing import CACHE_BYTES, check, compile_all, graph_time, partial_sum_us, sample, summary
+from tune_dense import dense_candidates, dense_compile, tune_dense
 
 from pallas_kernels import decode_attention_triton, int4_matmul_triton, tuning
 from pallas_kernels.tuning import MMA, MMA_SWAPPED, WGMMA, AttentionConfig, Int4Config
@@ -38,8 +39,6 @@ SHAPES = {
 # Query heads, kv heads, head_dim.
 HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
 GROUP, RANK = 64, 32
-CACHE_BYTES = 256 * 2**20
-PARTIAL_SUM_BYTES_PER_US = 3e6
 
 
 def int4_forms(m: int) -> list[tuple]:
@@ -133,34 +132,6 @@ def int4_expected(inputs: dict, layer: int, permuted: bool):
     return x @ weight.T + inputs["xa"].float() @ inputs["b"][layer].float().T
 
 
-def check(out, expected) -> float:
-    """Relative error of partial sums or a result."""
-    total = out.float().sum(0) if out.ndim > expected.ndim else out.float()
-    return float((total - expected).norm() / expected.norm())
-
-
-def graph_time(launch, layers: int, repeats: int = 5) -> float:
-    """Microseconds a launch, replayed from a CUDA graph over all layers; median of `repeats`."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        launch(0)
-        graph = torch.cuda.CUDAGraph()
-        count = layers * max(1, 40 // layers)
-        with torch.cuda.graph(graph, stream=stream):
-            for step in range(count):
-                launch((count - step) % layers)  # ends with layer 1, whose result the caller checks
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / count)
-    return sorted(times)[repeats // 2]
-
-
 def tune_int4(m: int, n: int, k: int, candidates: list[Int4Config], report) -> tuple[float, Int4Config] | None:
     """The fastest candidate that is also right."""
     inputs = int4_inputs(m, n, k)
@@ -183,7 +154,7 @@ def tune_int4(m: int, n: int, k: int, candidates: list[Int4Config], report) -> t
         if not check(out, expected[config.product == WGMMA]) < 1e-2:
             report({"m": m, "n": n, "k": k, "config": vars(config), "error": "wrong under load"})
             continue
-        total = us + (0 if config.split_k == 1 else (4 * config.split_k - 2) * m * n / PARTIAL_SUM_BYTES_PER_US)
+        total = us + partial_sum_us(m, n, config.split_k)
         report({"m": m, "n": n, "k": k, "config": vars(config), "us": us, "total": total, "relative_error": error})
         best = min(best, (total, config), key=lambda pair: pair[0]) if best else (total, config)
     return best
@@ -317,32 +288,10 @@ def tune_attention(q: int, g: int, heads, prompt: int, suffix: int, candidates, 
     return best
 
 
-def compile_all(function, jobs: list[tuple], deadline: float) -> None:
-    """Compile in parallel; a job that is not done by the deadline compiles when it is launched."""
-    start, failures = time.time(), []
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *job) for job in jobs]
-        for future in as_completed(futures):
-            if future.exception() is not None:
-                failures.append(repr(future.exception())[:300])
-            if time.time() > deadline:
-                pool.shutdown(wait=False, cancel_futures=True)
-                break
-    print(
-        f"compiled {len(jobs)} kernels in {time.time() - start:.0f} s; failed: {len(failures)} {failures[:2]}",
-        flush=True,
-    )
-
-
-def sample(items: list, limit: int) -> list:
-    """At most `limit` of the items, the same ones in every run."""
-    return items if len(items) <= limit else random.Random(0).sample(items, limit)
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", default=["int4_matmul", "decode_attention"])
+    parser.add_argument("--op", nargs="+", default=["int4_matmul", "dense_matmul", "decode_attention"])
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--candidates", type=int, default=40, help="at most this many configurations a shape")
@@ -367,7 +316,7 @@ def main(arguments: list[str]) -> None:
         same = [
             old
             for old in entries.get(op, [])
-            if any(old[key] != entry[key] for key in entry if key not in ("config", "us"))
+            if any(old[key] != entry[key] for key in entry if key not in ("config", "us", "library_us"))
         ]
         entries[op] = [*same, entry]
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -380,8 +329,17 @@ def main(arguments: list[str]) -> None:
         compile_all(int4_compile, jobs, deadline - 30)
         for (m, n, k), candidates in plan.items():
             if time.time() < deadline and (best := tune_int4(m, n, k, candidates, report)):
-                keep("int4_matmul", {**tuning.as_entry(best[1], m=m, n=n, k=k), "us": round(best[0], 2)})
-                print(f"int4_matmul m={m} n={n} k={k}: {best[0]:.1f} us {best[1]}", flush=True)
+                entry = {**tuning.as_entry(best[1], m=m, n=n, k=k), "us": round(best[0], 2)}
+                keep("int4_matmul", entry)
+                print(summary("int4_matmul", entry, n * k * (0.5 + 2 / GROUP) + 2 * m * (n + k)), flush=True)
+    if "dense_matmul" in options.op:
+        shapes = [(m, n, k) for name in options.shapes for (n, k) in SHAPES[name] for m in options.rows]
+        plan = {shape: sample(dense_candidates(*shape), options.candidates) for shape in shapes}
+        compile_all(dense_compile, [(*s, config) for s, configs in plan.items() for config in configs], deadline - 30)
+        for (m, n, k), candidates in plan.items():
+            if time.time() < deadline and (entry := tune_dense(m, n, k, candidates, report)):
+                keep("dense_matmul", entry)
+                print(summary("dense_matmul", entry, 2 * (n * k + m * (n + k))), flush=True)
     if "decode_attention" in options.op:
         plan = {}
         for name, q in itertools.product(options.shapes, (8, 32)):

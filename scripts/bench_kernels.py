@@ -1,12 +1,13 @@
 """Time the kernels inside compiled JAX programs, next to what XLA and cuBLAS do, after checking that they are right.
 
-    python scripts/bench_kernels.py [--op int4_matmul decode_attention token_logprobs] [--rows 16 64 256]
-        [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
+    python scripts/bench_kernels.py [--op int4_matmul dense_matmul between decode_attention token_logprobs]
+        [--rows 16 64 256] [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
 
 One JSON object a measurement (on stdout, and in --json FILE), then a table. A time is that of one call inside a program
 that makes many dependent calls, over a stack of layers larger than the L2 cache, median of several runs of the program.
 The bound is bytes moved / copy bandwidth or operations / bf16 matmul rate, whichever is larger; both rates are measured
-first, on this GPU. The check draws fresh inputs and compares with float64 (numpy), on odd shapes.
+first, on this GPU. The check draws fresh inputs and compares with float64 (numpy), on odd shapes. 'between' are the
+operations between two products: residual with norm, and the MLP's gate, of five and of two partial sums.
 """
 
 import argparse
@@ -25,7 +26,8 @@ import numpy as np
 from jax import lax
 
 import pallas_kernels
-from pallas_kernels import dispatch
+from pallas_kernels import Rows, dispatch, joined, tuning
+from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels import oracles
 
 SHAPES = {  # output and input widths of the linear layers: (N, K)
@@ -35,6 +37,7 @@ SHAPES = {  # output and input widths of the linear layers: (N, K)
 }
 HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
 GROUP, RANK = 64, 32
+OPS = ("int4_matmul", "dense_matmul", "between", "decode_attention", "token_logprobs")
 STACK_BYTES = 2**28
 
 
@@ -131,6 +134,90 @@ def check_attention(rng: np.random.Generator) -> float:
             want = oracles.attention(*case, length, 1, 0.1, window)
             worst = max(worst, oracles.relative_error(run(length, 1, *case), want))
     return worst
+
+
+def check_partial_sums(rng: np.random.Generator) -> float:
+    """Products that leave partial sums, and the operations that add them, in the orders of columns that they hand on."""
+    worst = 0.0
+
+    def compare(got, want) -> None:
+        nonlocal worst
+        worst = max(worst, oracles.relative_error(got, want))
+
+    for m, n, k in [(1, 136, 896), (33, 4864, 896), (64, 1536, 8960), (200, 520, 1536)]:
+        packed, scales, weight = oracles.random_int4(rng, n, k, 64, layers=(2,))
+        x, dense = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in [(m, k), (2, n, k)])
+        for rows in (Rows(x), Rows(x, permute_columns(x))):
+            run = jax.jit(lambda rows, *w: pallas_kernels.int4_partial_sums(rows, *w, layer=1, implementation="triton"))
+            compare(run(rows, packed, jnp.bfloat16(scales)).sum(0), np.asarray(x, np.float64) @ weight[1].T)
+        run = jax.jit(lambda x, w: pallas_kernels.dense_partial_sums(x, w, layer=1, implementation="triton"))
+        compare(run(x, dense).sum(0), np.asarray(x, np.float64) @ np.asarray(dense[1], np.float64).T)
+        for step in between_steps(m, n - n % 16, parts=3, rng=rng):
+            results = [jax.tree.leaves(step(implementation=name)) for name in ("triton", "reference")]
+            for got, want in zip(*results, strict=True):
+                compare(got, want)
+    return worst
+
+
+def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> list:
+    """Calls of the operations between two products on random arguments, with permuted columns."""
+    draw = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    x, scale = draw(m, width), draw(3, width)
+    sums, both = draw(parts, m, width, dtype=jnp.float32), draw(parts, m, 2 * width, dtype=jnp.float32)
+    add = partial(pallas_kernels.add_rms_norm, x, sums, scale, layer=2, eps=1e-6, permuted=True)
+    gate = partial(pallas_kernels.gated_activation, both, activation="silu", dtype=jnp.bfloat16, layer=2, permuted=True)
+    return [add, gate]
+
+
+def bench_dense(shapes, rows, rates, report) -> None:
+    """The kernel's partial sums, added, next to XLA's product; 'chosen' is what the dispatch rule picks."""
+    device = dispatch.current_device()
+    for model, n, k, m in [(name, n, k, m) for name in shapes for n, k in SHAPES[name] for m in rows]:
+        layers = int(max(2, min(28, STACK_BYTES // (2 * n * k))))
+        keys = jax.random.split(jax.random.key(m), layers + 1)
+        x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
+        weights = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys[1:]]
+
+        def step(x, layer, *weights, implementation: str):
+            return joined(pallas_kernels.dense_partial_sums(x, weights[layer], implementation=implementation), x.dtype)
+
+        times = {
+            name: microseconds(partial(step, implementation=name), x, layers, *weights, calls=layers)
+            for name in ("triton", "reference")
+        }
+        measured = tuning.dense_measurement(m, n, k)
+        times["chosen"] = times[dispatch.dense_matmul_rule(device, x.dtype, x.dtype, k, measured)]
+        moved, flops = 2 * (n * k + m * (n + k)), 2 * m * n * k
+        bound = max(moved / rates[0], flops / rates[1]) * 1e6
+        report(op="dense_matmul", shape=f"{model} {k}x{n}", rows=m, bound=bound, bytes=moved, flops=flops, **times)
+
+
+def bench_between(shapes, rows, rates, report) -> None:
+    """Residual and norm of five partial sums, the gate of two; kernel and XLA."""
+    for model, m in [(name, m) for name in shapes for m in rows]:
+        (_, width), (mlp, _) = SHAPES[model][1], SHAPES[model][2]
+        keys = jax.random.split(jax.random.key(m), 4)
+        x = jax.random.normal(keys[0], (m, width), jnp.bfloat16)
+        sums, both = jax.random.normal(keys[1], (5, m, width)), jax.random.normal(keys[2], (2, m, mlp))
+        scale = jax.random.normal(keys[3], (28, width), jnp.bfloat16)
+
+        def add(x, layer, sums, scale, implementation: str):
+            how = dict(layer=layer, eps=1e-6, permuted=True, implementation=implementation)
+            return pallas_kernels.add_rms_norm(x, sums, scale, **how)[1].permuted
+
+        def gate(x, layer, both, implementation: str):
+            parts, _ = lax.optimization_barrier((both, x))  # else a result that no call changes is computed once
+            how = dict(activation="silu", dtype=x.dtype, layer=layer, permuted=True, implementation=implementation)
+            return pallas_kernels.gated_activation(parts, **how).permuted
+
+        moved = {"add_rms_norm": m * width * (4 * 5 + 2 * 4), "gated_activation": m * mlp // 2 * (2 * 2 * 4 + 2 * 2)}
+        for op, step, operands in (("add_rms_norm", add, (sums, scale)), ("gated_activation", gate, (both,))):
+            times = {
+                name: microseconds(partial(step, implementation=name), x, 28, *operands)
+                for name in ("triton", "reference")
+            }
+            bound = moved[op] / rates[0] * 1e6
+            report(op=op, shape=model, rows=m, bound=bound, bytes=moved[op], flops=0, chosen=times["triton"], **times)
 
 
 def int4_case(n: int, k: int, m: int):
@@ -257,7 +344,7 @@ def table(rows: list[dict]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", default=["int4_matmul", "decode_attention", "token_logprobs"])
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--json", type=Path)
@@ -283,7 +370,8 @@ def main(arguments: list[str]) -> None:
 
     if not options.skip_check:
         rng = np.random.default_rng(options.seed)
-        worst = {"int4_matmul": check_int4(rng), "decode_attention": check_attention(rng)}
+        checks = {"int4_matmul": check_int4, "decode_attention": check_attention, "partial_sums": check_partial_sums}
+        worst = {name: check(rng) for name, check in checks.items()}
         print(
             json.dumps({"check": "largest relative error against float64", "seed": options.seed, **worst}), flush=True
         )
@@ -298,6 +386,10 @@ def main(arguments: list[str]) -> None:
     )
     if "int4_matmul" in options.op:
         bench_int4(options.shapes, options.rows, rates, report, not options.no_compare)
+    if "dense_matmul" in options.op:
+        bench_dense(options.shapes, options.rows, rates, report)
+    if "between" in options.op:
+        bench_between(options.shapes, options.rows, rates, report)
     if "decode_attention" in options.op:
         bench_attention(options.shapes, rates, report, not options.no_compare)
     if "token_logprobs" in options.op:

@@ -11,7 +11,6 @@ pytrees (`base_shapes` states them), because `Int4Weight` leaves and stacked lay
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +27,13 @@ from jgrpo.lora import fuse, layer_slice
 from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
+from jgrpo.models.decoding import DecodeLayers
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import MixedWeight, Weight, embed, matmul
+from pallas_kernels import ACTIVATIONS, Rows, joined, rms_norm
 from pallas_kernels.rope_cache import write as write_slot
 
 Attend = Callable[[Array], tuple[Array, Any]]
@@ -55,26 +56,6 @@ PRODUCT = "product"
 KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 """Without remat: the backward repeats what memory bandwidth pays for (norms, gates, the attention), and no matrix product.
 Keeping every activation instead would be three times the memory and, on an H200, no faster: writing them costs as much."""
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
-
-
-def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float, offset: float = 0.0
-) -> Float[Array, "*B D"]:
-    """x / rms(x) · (offset + scale) (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32.
-
-    The scale is applied in `x.dtype`, as in Llama; with an offset in float32, as in Gemma.
-    """
-    # y = x / √(mean(x²) + ε)
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    if offset:
-        return (normed * (offset + scale.astype(jnp.float32))).astype(x.dtype)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def positions_in_segments(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -196,10 +177,11 @@ class Transformer(nn.Module):
         base, lora = self._base(), self._lora()
         self._check_positions(cache.prompt_k.shape[3] + cache.k.shape[4])
         adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
+        layers = DecodeLayers(self.config, base, adapter, self.dtype)
         write = self._cache_writer(base["layers"], cache)
 
-        def body(layer: int | Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
-            x, cache = carry
+        def body(layer: int | Array, carry: tuple[Array, Rows, KVCache]) -> tuple[Array, Rows, KVCache]:
+            residual, rows, cache = carry
 
             def attend(qkv: Array) -> tuple[Array, KVCache]:
                 q, written = write(qkv, cache, layer)
@@ -217,18 +199,20 @@ class Transformer(nn.Module):
                     softcap=self.config.attention_softcap,
                     scales=written.all_scales,
                 )
-                return out, written
+                return out.reshape(residual.shape[0], -1), written
 
-            return self._layer(x, base["layers"], layer, adapter, attend)
+            return layers.layer(layer, residual, rows, attend)
 
-        carry = (self._embed(base, tokens), cache)
+        x = self._embed(base, tokens)
+        residual = x.reshape(-1, x.shape[-1])
+        carry = (residual, layers.enter(residual), cache)
         if unroll or any(isinstance(weight, tuple | MixedWeight) for weight in base["layers"].values()):
             for layer in range(self.config.num_layers):
                 carry = body(layer, carry)
         else:
             carry = jax.lax.fori_loop(0, self.config.num_layers, body, carry)
-        x, cache = carry
-        return self._norm(x, base["final_norm"]), dataclasses.replace(cache, length=cache.length + 1)
+        _, rows, cache = carry
+        return rows.plain.reshape(x.shape), dataclasses.replace(cache, length=cache.length + 1)
 
     @nn.compact
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -266,11 +250,11 @@ class Transformer(nn.Module):
         return x + self._out_norm(mlp, weights, "mlp_out_norm", layer), kept
 
     def _cache_writer(self, weights: Any, cache: KVCache) -> Callable[..., tuple[Array, KVCache]]:
-        """(qkv `[Q, G, …]`, cache, layer) -> (q rotated, the cache with slot `cache.length` of the layer written).
+        """(partial sums of qkv `[S, Q·G, …]`, cache, layer) -> (q rotated, the cache with slot `cache.length` written).
 
         One fused operation where it covers the family: heads that are rotated whole, norms without an offset.
         """
-        positions = cache.prompt_lengths + cache.length
+        positions, bias = cache.prompt_lengths + cache.length, weights.get("qkv_bias")
         norms = (weights["q_norm"], weights["k_norm"]) if self.config.qk_norm else None
         ropes = (self.config.rope, self.config.local_rope or self.config.rope)
         fused = all(rope.partial == 1.0 for rope in ropes) and not (norms and self.config.norm_offset)
@@ -278,15 +262,18 @@ class Transformer(nn.Module):
 
         def write(qkv: Array, cache: KVCache, layer: int | Array) -> tuple[Array, KVCache]:
             kv, scales, slot = (cache.k, cache.v), cache.scales, cache.length
+            qkv = qkv.reshape(qkv.shape[0], *cache.k.shape[1:3], -1)
             if fused:
                 cos, sin = tables or rope_tables(positions, *self._rope(layer))
-                eps = self.config.rms_norm_eps
-                q, *written = pallas_kernels.rope_and_cache(
-                    qkv, cos, sin, *kv, slot, layer=layer, norms=norms, eps=eps, scales=scales
+                how: dict[str, Any] = dict(
+                    norms=norms, eps=self.config.rms_norm_eps, scales=scales, bias=bias, dtype=self.dtype
                 )
+                q, *written = pallas_kernels.rope_and_cache(qkv, cos, sin, *kv, slot, layer=layer, **how)
             else:
-                rows = jnp.broadcast_to(positions[:, None], qkv.shape[:2])
-                q, *new = self._heads(qkv, rows, weights, layer)
+                whole = joined(qkv, self.dtype)
+                whole = whole if bias is None else whole + bias[layer].astype(self.dtype)
+                rows = jnp.broadcast_to(positions[:, None], whole.shape[:2])
+                q, *new = self._heads(whole, rows, weights, layer)
                 written = write_slot(kv, (new[0], new[1]), slot, layer, scales)
             return q, dataclasses.replace(cache, **dict(zip(("k", "v", "scales"), written, strict=True)))
 

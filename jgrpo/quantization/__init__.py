@@ -1,6 +1,6 @@
 """Quantized weights, how weights become them, and the one matmul that every linear layer goes through."""
 
-from jgrpo.quantization.linear import embed, matmul
+from jgrpo.quantization.linear import embed, matmul, matmul_parts, reads_permuted
 from jgrpo.quantization.rounding import quantize, quantize_int8
 from jgrpo.quantization.weights import (
     NF4,
@@ -27,9 +27,11 @@ __all__ = [
     "dequantize",
     "embed",
     "matmul",
+    "matmul_parts",
     "pack_nibbles",
     "quantize",
     "quantize_int8",
+    "reads_permuted",
     "take_layer",
     "unpack_nibbles",
 ]

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from jgrpo.quantization.weights import MixedWeight, PackedWeight, Weight, dequantize
+from pallas_kernels import Rows
 
 EPILOGUE_RANK = 256
 """Widest low-rank product that the kernel takes beside the weights: twice as many columns (14,336 inputs in groups of 32) need
@@ -35,22 +36,56 @@ def matmul(
     if isinstance(weight, MixedWeight):
         return _mixed(x, weight, layer, adapter, out_dtype)
     a, b = adapter if adapter is not None else (None, None)
-    xa = None if a is None else jnp.einsum("...k,rk->...r", x, _at(a, layer).astype(x.dtype))
+    xa = None if a is None else _project(x, a, layer)
     if isinstance(weight, PackedWeight):
         return _packed(x, weight, layer, xa, b, out_dtype)
     out = _dot(x, _at(weight, layer), out_dtype)
     return out if xa is None or b is None else out + _dot(xa, _at(b, layer), out_dtype)
 
 
+def matmul_parts(
+    rows: Rows,
+    weight: Weight,
+    layer: int | Int[Array, ""],
+    adapter: tuple[Float[Array, "*L R K"], Float[Array, "*L N R"]] | None = None,
+) -> Float[Array, "S M N"]:
+    """`matmul` for the few rows of a decode step, as partial sums that its consumer adds; not differentiable.
+
+    One part in the rows' dtype where no kernel splits the product, which is then exactly `matmul`'s result.
+    """
+    if isinstance(weight, MixedWeight) and isinstance(layer, int):
+        part, index = weight.where[layer]
+        return matmul_parts(rows, weight.parts[part], index, _own(adapter, layer))
+    if isinstance(weight, MixedWeight) or (adapter is not None and not isinstance(weight, PackedWeight)):
+        return matmul(rows.plain, weight, layer, adapter)[None]
+    if not isinstance(weight, PackedWeight):
+        stack, index = (weight[layer], None) if isinstance(weight, tuple) else (weight, layer)
+        return pallas_kernels.dense_partial_sums(rows.plain, stack, layer=index)
+    a, b = adapter if adapter is not None else (None, None)
+    xa = None if a is None else _project(rows.plain, a, layer)
+    if weight.zeros is not None:
+        xa, b = _with_zeros(rows.plain, weight, layer, xa, b)
+        if xa.shape[-1] > EPILOGUE_RANK:
+            return matmul(rows.plain, weight, layer, adapter)[None]
+    b = None if b is None else b.astype(rows.plain.dtype)
+    how: dict[str, Any] = dict(layer=layer, xa=xa, lora_b=b, code=weight.code)
+    return pallas_kernels.int4_partial_sums(rows, weight.packed, weight.scales, **how)
+
+
+def reads_permuted(weight: Weight, layer: int | Int[Array, ""], rows: int, dtype: Any) -> bool:
+    """Whether `matmul_parts` of that many rows reads them with permuted columns."""
+    if isinstance(weight, MixedWeight) and isinstance(layer, int):
+        part, index = weight.where[layer]
+        return reads_permuted(weight.parts[part], index, rows, dtype)
+    if not isinstance(weight, PackedWeight):
+        return False
+    return pallas_kernels.reads_permuted(rows, dtype, weight.packed, weight.scales, weight.code)
+
+
 def _packed(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None, out_dtype: Any) -> Array:
     apart = None
     if weight.zeros is not None:
-        sums, offsets = _zero_point_product(x, weight, layer)
-        if xa is None or b is None:
-            xa, b = sums, offsets
-        else:
-            xa = jnp.concatenate([xa, sums], -1)
-            b = jnp.concatenate([_at(b, layer).astype(x.dtype), offsets], -1)
+        xa, b = _with_zeros(x, weight, layer, xa, b)
         if xa.shape[-1] > EPILOGUE_RANK:
             apart, xa, b = _dot(xa, b, jnp.float32), None, None
     out = pallas_kernels.int4_matmul(
@@ -66,15 +101,21 @@ def _packed(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None
     return out if apart is None else (out + apart).astype(out_dtype or x.dtype)
 
 
-def _zero_point_product(x: Array, weight: Any, layer: Any) -> tuple[Array, Array]:
-    """Factors of what the zero-points add: `[..., K/g]` sums of the inputs and `[N, K/g]` (8 - zero) · scale."""
+def _with_zeros(x: Array, weight: Any, layer: Any, xa: Array | None, b: Array | None) -> tuple[Array, Array]:
+    """The adapter's factors with those of the zero-points beside them: sums of the inputs and (8 - zero) · scale of each group.
+
+    `[..., R + K/g]` and `[N, R + K/g]`.
+    """
     sums = x.reshape(*x.shape[:-1], -1, weight.group_size).sum(-1, dtype=jnp.float32).astype(x.dtype)
     offsets = (8.0 - _at(weight.zeros, layer).astype(jnp.float32)) * _at(weight.scales, layer).astype(jnp.float32)
-    return sums, offsets.astype(x.dtype)
+    offsets = offsets.astype(x.dtype)
+    if xa is None or b is None:
+        return sums, offsets
+    return jnp.concatenate([xa, sums], -1), jnp.concatenate([_at(b, layer).astype(x.dtype), offsets], -1)
 
 
 def _mixed(x: Array, weight: MixedWeight, layer: Any, adapter: Any, out_dtype: Any) -> Array:
-    own = None if adapter is None else (_at(adapter[0], layer), _at(adapter[1], layer))
+    own = _own(adapter, layer)
     if isinstance(layer, int):
         part, index = weight.where[layer]
         return matmul(x, weight.parts[part], index, own, out_dtype)
@@ -84,6 +125,15 @@ def _mixed(x: Array, weight: MixedWeight, layer: Any, adapter: Any, out_dtype: A
         return lambda x, index, own: matmul(x, part, index, own, out_dtype)
 
     return jax.lax.switch(parts, [branch(part) for part in weight.parts], x, indices, own)
+
+
+def _own(adapter: Any, layer: Any) -> tuple[Array, Array] | None:
+    return None if adapter is None else (_at(adapter[0], layer), _at(adapter[1], layer))
+
+
+def _project(x: Array, a: Any, layer: Any) -> Array:
+    """x Aᵀ of the adapter."""
+    return jnp.einsum("...k,rk->...r", x, _at(a, layer).astype(x.dtype))
 
 
 def _dot(x: Array, weight: Array, out_dtype: Any) -> Array:

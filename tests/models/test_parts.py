@@ -17,10 +17,12 @@ from jgrpo.quantization import (
     dequantize,
     embed,
     matmul,
+    matmul_parts,
     quantize,
     quantize_int8,
     take_layer,
 )
+from pallas_kernels import Rows
 
 HF = dict(
     model_type="llama", vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
@@ -184,6 +186,24 @@ def test_matmul_and_its_gradients_are_those_of_the_dequantized_weight(code):
             static = jax.value_and_grad(loss, argnums=(0, 1, 2))(x, a, b, stored, layer)
             jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-3), static, expected)
         np.testing.assert_allclose(matmul(x, weight, layer), x @ dense[layer].T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "dense", "layers", "mixed"])
+def test_partial_sums_of_a_product_are_the_product(kind, with_adapter):
+    rng = np.random.default_rng(5)
+    dense = jnp.asarray(rng.normal(size=(2, 40, 64)), jnp.float32)
+    forms = {
+        "dense": lambda: dense,
+        "layers": lambda: tuple(dense),
+        "mixed": lambda: MixedWeight((random_packed("int8", rng), dense), ((0, 1), (1, 0))),
+    }
+    weight = forms[kind]() if kind in forms else random_packed(kind, rng)
+    x, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(3, 64), (2, 4, 64), (2, 40, 4)])
+    adapter = (a, b) if with_adapter else None
+    for layer in (0, 1):
+        parts = matmul_parts(Rows(x), weight, layer, adapter)
+        np.testing.assert_array_equal(parts, matmul(x, weight, layer, adapter)[None])
 
 
 def test_levels_of_int8_are_within_half_a_step():

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from jgrpo.config import LoraConfig
 from jgrpo.lora import fuse, init_lora, module_delta
-from jgrpo.models import KVCache, ModelConfig, Transformer, init_base
-from jgrpo.quantization import quantize
+from jgrpo.models import KVCache, ModelConfig, Transformer, decoding, init_base
+from jgrpo.models.config import RopeConfig
+from jgrpo.quantization import matmul_parts, quantize
 
 CONFIG = ModelConfig(
     "qwen3", 97, 64, 128, 2, 4, 2, 32, qk_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=False
@@ -89,6 +91,37 @@ def test_weights_of_single_layers_decode_like_the_stack():
     split = {"params": {**variables["params"], "layers": layers}, "lora": variables["lora"]}
     one, other = _decode_once(model, variables, variables, tokens), _decode_once(model, variables, split, tokens)
     np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(norm_offset=1.0, sandwich_norms=True, activation="gelu_tanh"),
+        dict(rope=RopeConfig(partial=0.5), qk_norm=False),
+    ],
+    ids=["qwen3", "gemma", "partial rotation"],
+)
+def test_decoding_adds_partial_sums_and_hands_on_permuted_rows(monkeypatch, changes):
+    """What kernels on a GPU make of products: parts that add up, from rows whose columns are permuted where they ask."""
+    model, variables, tokens = _setup(dataclasses.replace(CONFIG, **changes), quantized=True)
+    want = _decode_once(model, variables, variables, tokens)
+    read_permuted = []
+
+    def parts(rows, weight, layer, adapter):
+        read_permuted.append(rows.permuted is not None)
+        if rows.permuted is not None:
+            m, k = rows.plain.shape
+            restored = rows.permuted.reshape(m, k // 16, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(m, k)
+            rows = pallas_kernels.Rows(restored)
+        whole = matmul_parts(rows, weight, layer, adapter)
+        noise = jax.random.normal(jax.random.key(0), (2, *whole.shape[1:]))
+        return jnp.concatenate([noise, whole - noise.sum(0)])
+
+    monkeypatch.setattr(decoding, "matmul_parts", parts)
+    monkeypatch.setattr(decoding, "reads_permuted", lambda *_: True)
+    np.testing.assert_allclose(_decode_once(model, variables, variables, tokens), want, atol=2e-5)
+    assert read_permuted == [True, False, True, True]  # of the loop's one layer, the attention's output is not
 
 
 def test_adapter_fused_before_the_loop_decodes_the_same():

@@ -4,6 +4,7 @@ Prints one line a kernel: name, shared memory in bytes, bytes of registers spill
 cuobjdump, so no GPU and no CUDA installation are needed. Run apart from the tests, because it needs TRITON_INTERPRET=0.
 """
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -17,7 +18,16 @@ from jax import ShapeDtypeStruct
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels import decode_attention_triton, dequantize_triton, int4_matmul_triton, rope_cache_triton, tuning
+from pallas_kernels import (
+    add_rms_norm_triton,
+    decode_attention_triton,
+    dense_matmul_triton,
+    dequantize_triton,
+    gated_activation_triton,
+    int4_matmul_triton,
+    rope_cache_triton,
+    tuning,
+)
 
 
 def unfinished_products(ttgir: str) -> int:
@@ -82,15 +92,30 @@ def decode_attention(head_dim: int, capability: int, cache: str = "bfloat16") ->
     return compile_kernel(decode_attention_triton.decode_attention_kernel, types, constants, config, capability)
 
 
+def whole_attention(head_dim: int, capability: int) -> tuple[int, int]:
+    """One program for prompt and suffix."""
+    q = ShapeDtypeStruct((8, 8, 12, head_dim), "bfloat16")
+    prompt, suffix = (
+        ShapeDtypeStruct(shape, "bfloat16") for shape in [(2, 8, 2, 256, head_dim), (2, 8, 8, 2, 512, head_dim)]
+    )
+    config = tuning.AttentionConfig(64, 16, 1, 0, warps=4, stages=3)
+    types = dict.fromkeys(("q_ptr", "prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    types |= dict.fromkeys(("prompt_k_scale_ptr", "prompt_v_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("prompt_lengths_ptr", "length_ptr", "layer_ptr"), "*i32")
+    constants = decode_attention_triton.kernel_constants(q, prompt, suffix, 0.1, 100, config)
+    constants |= {"LAYER_IS_POINTER": True, "LENGTH_IS_POINTER": True}
+    return compile_kernel(decode_attention_triton.whole_attention_kernel, types, constants, config, capability)
+
+
 def rope_and_cache(capability: int, layer_type: str, cache_type: str = "bfloat16") -> tuple[int, int]:
     """With norms, the layer behind a pointer or as a number (of which Triton makes a constant where it is 1)."""
-    qkv, cache = ShapeDtypeStruct((8, 8, 16 * 128), "bfloat16"), ShapeDtypeStruct((2, 8, 8, 2, 512, 128), cache_type)
-    constants = rope_cache_triton.kernel_constants(qkv, cache, 1e-6, True)
+    qkv, cache = ShapeDtypeStruct((3, 8, 8, 16 * 128), "float32"), ShapeDtypeStruct((2, 8, 8, 2, 512, 128), cache_type)
+    constants = rope_cache_triton.kernel_constants(qkv, cache, 1e-6, True, True)
     constants |= {"DTYPE": tl.bfloat16, "SLOT_IS_POINTER": True, "LAYER_IS_POINTER": layer_type == "*i32"}
     types = dict.fromkeys(("k_in_ptr", "v_in_ptr", "k_ptr", "v_ptr"), CACHE_TYPES[cache_type])
-    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "*fp32")
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "qkv_ptr"), "*fp32")
     types |= dict.fromkeys(("k_scale_in_ptr", "v_scale_in_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
-    types |= dict.fromkeys(("qkv_ptr", "q_ptr"), "*bf16")
+    types |= dict.fromkeys(("bias_ptr", "q_ptr"), "*bf16")
     types |= {"slot_ptr": "*i32", "layer_ptr": layer_type}
     if layer_type == "constexpr":
         constants["layer_ptr"] = 1
@@ -108,6 +133,42 @@ def dequantize(capability: int) -> tuple[int, int]:
     return compile_kernel(kernel, {**types, "out_ptr": "*bf16"}, constants, blocks, capability)
 
 
+def dense_matmul(rows: int, capability: int, swapped: bool) -> tuple[int, int]:
+    """The heuristic's kernel for the product after the attention of an 8B model, and the other order of its operands."""
+    n = k = 4096
+    config = dataclasses.replace(tuning.dense_heuristic(rows, n, k), swapped=swapped)
+    types = dict.fromkeys(("x_ptr", "weight_ptr"), "*bf16") | {"layer_ptr": "*i32", "out_ptr": "*fp32"}
+    constants = dense_matmul_triton.kernel_constants(rows, n, k, config) | {"LAYER_IS_POINTER": True}
+    return compile_kernel(dense_matmul_triton.dense_matmul_kernel, types, constants, config, capability)
+
+
+def add_rms_norm(width: int, capability: int) -> tuple[int, int]:
+    """Eight partial sums, a bias, a norm of the branch and permuted columns."""
+    residual, parts = ShapeDtypeStruct((64, width), "bfloat16"), ShapeDtypeStruct((8, 64, width), "float32")
+    constants = add_rms_norm_triton.kernel_constants(residual, parts, 1e-6, 0.0, parts, parts, permuted=True)
+    constants |= {"DTYPE": tl.bfloat16, "LAYER_IS_POINTER": True}
+    types = dict.fromkeys(("residual_ptr", "scale_ptr", "sum_ptr", "rows_ptr", "permuted_ptr"), "*bf16")
+    types |= {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "branch_scale_ptr": "*bf16", "layer_ptr": "*i32"}
+    blocks = SimpleNamespace(warps=add_rms_norm_triton.warps(width), stages=1)
+    return compile_kernel(add_rms_norm_triton.add_rms_norm_kernel, types, constants, blocks, capability)
+
+
+def gated_activation(activation: str, capability: int) -> tuple[int, int]:
+    """Two partial sums, a bias and permuted columns."""
+    parts = ShapeDtypeStruct((2, 64, 17920), "float32")
+    constants = gated_activation_triton.kernel_constants(parts, activation, parts, permuted=True)
+    constants |= {"LAYER_IS_POINTER": True}
+    types = {
+        "parts_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "layer_ptr": "*i32",
+        "rows_ptr": "*bf16",
+        "permuted_ptr": "*bf16",
+    }
+    blocks = SimpleNamespace(warps=gated_activation_triton.WARPS, stages=1)
+    return compile_kernel(gated_activation_triton.gated_activation_kernel, types, constants, blocks, capability)
+
+
 if __name__ == "__main__":
     for target in map(int, sys.argv[1:]):
         print(f"dequantize-sm_{target}", *dequantize(target), flush=True)
@@ -115,8 +176,16 @@ if __name__ == "__main__":
             print(f"int4_matmul-{rows}-sm_{target}", *int4_matmul(rows, target), flush=True)
         for head_dim in (64, 128, 256):
             print(f"decode_attention-{head_dim}-sm_{target}", *decode_attention(head_dim, target), flush=True)
+        for head_dim in (64, 128):
+            print(f"whole_attention-{head_dim}-sm_{target}", *whole_attention(head_dim, target), flush=True)
         for layer_type in ("*i32", "i32", "constexpr"):
             print(f"rope_and_cache-{layer_type}-sm_{target}", *rope_and_cache(target, layer_type), flush=True)
+        for rows, swapped in ((16, True), (64, False), (64, True), (128, True)):
+            print(f"dense_matmul-{rows}-{swapped}-sm_{target}", *dense_matmul(rows, target, swapped), flush=True)
+        for width in (1536, 8192):
+            print(f"add_rms_norm-{width}-sm_{target}", *add_rms_norm(width, target), flush=True)
+        for activation in ("silu", "gelu_tanh"):
+            print(f"gated_activation-{activation}-sm_{target}", *gated_activation(activation, target), flush=True)
         for cache in ("int8", "float8_e4m3fn")[: 2 if target >= 89 else 1]:
             print(f"decode_attention-{cache}-sm_{target}", *decode_attention(128, target, cache), flush=True)
             print(f"rope_and_cache-{cache}-sm_{target}", *rope_and_cache(target, "i32", cache), flush=True)

@@ -11,9 +11,16 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from pallas_kernels import decode_attention_triton, dequantize_triton, int4_matmul_triton
+from pallas_kernels import (
+    add_rms_norm_triton,
+    decode_attention_triton,
+    dense_matmul_triton,
+    dequantize_triton,
+    gated_activation_triton,
+    int4_matmul_triton,
+)
 from pallas_kernels.codes import NF4, PER_BYTE
-from pallas_kernels.tuning import WGMMA, AttentionConfig, Int4Config
+from pallas_kernels.tuning import WGMMA, AttentionConfig, DenseConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -41,10 +48,16 @@ def scalar(value: int) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.int32, device=DEVICE)
 
 
+def permuted(x: torch.Tensor) -> torch.Tensor:
+    """Rows with the column order of the wgmma form."""
+    m, k = x.shape
+    return x.reshape(m, k // 16, 4, 2, 2).transpose(2, 3).reshape(m, k).contiguous()
+
+
 def int4_matmul(x, packed, scales, layer, xa, b, config: Int4Config, pointer: bool = True) -> np.ndarray:
     """The kernel as `int4_matmul_triton.int4_matmul` launches it; `x` gives the compute dtype. float32 result."""
     (m, k), n, group = x.shape, packed.shape[-2], 2 * packed.shape[-1] // scales.shape[-1]
-    x = x.reshape(m, k // 16, 4, 2, 2).transpose(2, 3).reshape(m, k).contiguous() if config.product == WGMMA else x
+    x = permuted(x) if config.product == WGMMA else x
     packed, scales = (torch.as_tensor(array).to(DEVICE) for array in (packed, scales))
     rank = 0 if xa is None else xa.shape[1]
     out = poisoned(config.split_k, m, n)
@@ -88,15 +101,35 @@ def dequantize(packed, scales, layer, dtype: str, code: str = "int4", tail=None,
     return float64(out)
 
 
+def dense_matmul(x, weight, layer: int, config: DenseConfig, pointer: bool) -> np.ndarray:
+    """The kernel as `dense_matmul_triton.partial_sums` launches it on a stack of weights; float32 result."""
+    (m, k), n = x.shape, weight.shape[-2]
+    out = poisoned(config.split_k, m, n)
+    dense_matmul_triton.dense_matmul_kernel[dense_matmul_triton.grid(m, n, config)](
+        x,
+        weight,
+        scalar(layer) if pointer else layer,
+        out,
+        LAYER_IS_POINTER=pointer,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **dense_matmul_triton.kernel_constants(m, n, k, config),
+    )
+    return out.sum(0).cpu().numpy()
+
+
 def decode_attention(
     q, prompt_k, prompt_v, lengths, k, v, length, layer, scale, window, config: AttentionConfig, scales=None
 ):
-    """Both kernels as `decode_attention_triton.decode_attention` launches them; torch in, float32 numpy out."""
+    """The kernels as `decode_attention_triton.decode_attention` launches them; torch in, float32 numpy out."""
     constants = decode_attention_triton.kernel_constants(q, prompt_k, k, scale, window, config, scales is not None)
     rows, depth = int(np.prod(q.shape[:3])), q.shape[-1]
     splits = config.prompt_splits + config.suffix_splits
     stats, values, out = poisoned(rows, splits, 2), poisoned(rows, splits, depth), poisoned(rows, depth)
-    decode_attention_triton.decode_attention_kernel[decode_attention_triton.grid(constants)](
+    whole = config.prompt_splits == 0
+    triton_kernels = decode_attention_triton
+    kernel = triton_kernels.whole_attention_kernel if whole else triton_kernels.decode_attention_kernel
+    kernel[triton_kernels.grid(constants)](
         q,
         prompt_k,
         prompt_v,
@@ -106,14 +139,53 @@ def decode_attention(
         scalar(length),
         scalar(layer),
         *(scales or (stats,) * 4),
-        stats,
-        values,
+        *([out] if whole else [stats, values]),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
     )
-    padded = 1 << (splits - 1).bit_length()
-    decode_attention_triton.merge_kernel[(rows,)](stats, values, out, D=depth, SPLITS=splits, SPLITS_PAD=padded)
+    if not whole:
+        padded = 1 << (splits - 1).bit_length()
+        triton_kernels.merge_kernel[(rows,)](stats, values, out, D=depth, SPLITS=splits, SPLITS_PAD=padded)
     return out.cpu().numpy().reshape(q.shape)
+
+
+def add_rms_norm(case, layer: int, eps: float, dtype: str, pointer: bool):
+    """The kernel on the numpy arrays of `case`; (residual, rows, permuted rows) as numpy, every output poisoned before."""
+    residual, scale = rounded(case.residual, dtype), rounded(case.scale, dtype)
+    parts = None if case.parts is None else rounded(case.parts, "float32")
+    stacks = [None if stack is None else rounded(stack, dtype) for stack in (case.bias, case.branch_scale)]
+    outputs = [poisoned(*residual.shape).to(residual.dtype) for _ in range(3)]
+    add_rms_norm_triton.add_rms_norm_kernel[(residual.shape[0],)](
+        residual,
+        residual if parts is None else parts,
+        scale,
+        *(residual if stack is None else stack for stack in stacks),
+        scalar(layer) if pointer else layer,
+        *outputs,
+        DTYPE=getattr(tl, dtype),
+        LAYER_IS_POINTER=pointer,
+        num_warps=add_rms_norm_triton.warps(residual.shape[1]),
+        **add_rms_norm_triton.kernel_constants(residual, parts, eps, case.offset, *stacks, permuted=True),
+    )
+    return [out.float().cpu().numpy() for out in outputs]
+
+
+def gated_activation(parts, bias, layer: int, activation: str, dtype: str, pointer: bool):
+    """The kernel on numpy arrays; (rows, permuted rows) as numpy, both poisoned before."""
+    sums = rounded(parts, "float32")
+    stack = None if bias is None else rounded(bias, "float32")
+    constants = gated_activation_triton.kernel_constants(sums, activation, stack, permuted=True)
+    outputs = [poisoned(constants["M"], constants["F"]).to(getattr(torch, dtype)) for _ in range(2)]
+    gated_activation_triton.gated_activation_kernel[gated_activation_triton.grid(constants)](
+        sums,
+        sums if stack is None else stack,
+        scalar(layer) if pointer else layer,
+        *outputs,
+        LAYER_IS_POINTER=pointer,
+        num_warps=gated_activation_triton.WARPS,
+        **constants,
+    )
+    return [out.float().cpu().numpy() for out in outputs]

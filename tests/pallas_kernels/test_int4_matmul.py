@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dequantized, int4_matmul
+from pallas_kernels import Rows, dequantized, dispatch, int4_matmul, int4_partial_sums, reads_permuted
 from tests.pallas_kernels.oracles import random_int4, relative_error
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3}
@@ -64,6 +64,30 @@ def test_out_dtype_is_rounded_once_from_float32():
     assert out.dtype == jnp.float32
     # The weights are rounded to bfloat16 once; nothing else is, so the error lies under that of a bfloat16 result.
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < 3e-3
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_partial_sums_of_the_reference_are_the_product(traced):
+    rng = np.random.default_rng(1)
+    packed, scales, _ = random_int4(rng, 12, 64, 32, layers=(3,))
+    x, xa, b = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in [(5, 64), (5, 4), (3, 12, 4)])
+
+    def run(layer):
+        parts = int4_partial_sums(Rows(x), packed, scales, layer=layer, xa=xa, lora_b=b)
+        return parts, int4_matmul(x, packed, scales, layer=layer, xa=xa, lora_b=b)
+
+    parts, want = jax.jit(run)(1) if traced else run(1)
+    assert parts.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float32(parts), np.float32(want)[None])
+
+
+def test_only_the_wgmma_form_reads_permuted_columns(monkeypatch):
+    packed, scales = jnp.zeros((2, 1536, 768), jnp.uint8), jnp.zeros((2, 1536, 24))
+    assert not reads_permuted(64, jnp.bfloat16, packed, scales)
+    for capability, rows, want in [((9, 0), 64, True), ((9, 0), 16, False), ((8, 0), 64, False), ((9, 0), 4096, False)]:
+        device = dispatch.Device("gpu", capability, True, "a GPU without measured blocks")
+        monkeypatch.setattr(dispatch, "current_device", lambda device=device: device)
+        assert reads_permuted(rows, jnp.bfloat16, packed, scales) == want
 
 
 @pytest.mark.parametrize("stacked_b", [True, False])

@@ -72,6 +72,25 @@ def test_twin(normed: bool, dtype: str, traced: bool) -> None:
     assert_close(got, oracle(qkv, cos, sin, k, v, norms), dtype)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_twin_adds_partial_sums_and_bias(parts: int) -> None:
+    qkv, cos, sin, k, v, norms = case(True, "float32")
+    split, bias = split_with_bias(qkv, parts)
+    tables, stacks = map(jnp.asarray, (cos, sin)), map(jnp.asarray, norms)
+    how = dict(layer=LAYER, norms=tuple(stacks), eps=EPS, bias=jnp.asarray(bias), dtype=jnp.float32)
+    got = pallas_kernels.rope_and_cache(jnp.asarray(split), *tables, *map(jnp.asarray, (k, v)), SLOT, **how)
+    assert_close(got[:3], oracle(qkv, cos, sin, k, v, norms), "float32")
+
+
+def split_with_bias(qkv, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 partial sums, and a stack of biases, that add up to qkv in `LAYER`."""
+    rng = np.random.default_rng(parts)
+    bias = rng.normal(size=(3, qkv.shape[-1])).astype(np.float32)
+    split = rng.normal(size=(parts, *qkv.shape)).astype(np.float32)
+    split[-1] = qkv.astype(np.float32) - bias[LAYER] - split[:-1].sum(0)
+    return split, bias
+
+
 @pytest.mark.parametrize("code", cache_codes.LARGEST)
 def test_twin_writes_codes(code: str) -> None:
     qkv, cos, sin, k, v, norms = case(True, "float32")
@@ -114,8 +133,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("pointers", [False, True])
 @pytest.mark.parametrize("heads", [dict(), dict(heads=7, kv_heads=1, group=1, depth=64)], ids=str)
 @pytest.mark.parametrize("coded", [False, True])
-def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool) -> None:
-    """The caches are updated in place; elements that are not written keep what they had."""
+@pytest.mark.parametrize("splits", [0, 1, 3])
+def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool, splits: int) -> None:
+    """The caches are updated in place; elements that are not written keep what they had. Without splits there is no bias."""
     import torch
     import triton.language as tl
 
@@ -126,14 +146,17 @@ def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool) -> None:
     arguments = case(normed, dtype, **heads)
     qkv, cos, sin, k, v = (torch.tensor(np.asarray(a, np.float32)).to(DEVICE) for a in arguments[:5])
     qkv, k, v = (a.to(getattr(torch, dtype)) for a in (qkv, k, v))
-    norms, cache_scales = arguments[5], (cos, cos)
+    norms, cache_scales, bias = arguments[5], (cos, cos), None
+    if splits:
+        qkv, bias = (torch.tensor(a).to(DEVICE) for a in split_with_bias(arguments[0], splits))
     if coded:
         parts = [cache_codes.encode(np.asarray(a, np.float32), "int8") for a in arguments[3:5]]
         k, v = (torch.tensor(np.asarray(codes)).to(DEVICE) for codes, _ in parts)
         cache_scales = tuple(torch.tensor(np.asarray(scale)).to(DEVICE) for _, scale in parts)
     scales = (cos, cos) if norms is None else tuple(torch.tensor(scale).to(DEVICE) for scale in norms)
-    constants = rope_cache_triton.kernel_constants(qkv, k, EPS, normed)
-    q = poisoned(*qkv.shape[:2], constants["H"], constants["D"])
+    sums = qkv if splits else qkv[None]
+    constants = rope_cache_triton.kernel_constants(sums, k, EPS, normed, bias is not None)
+    q = poisoned(*sums.shape[1:3], constants["H"], constants["D"])
     rope_cache_triton.rope_and_cache_kernel[rope_cache_triton.grid(constants)](
         qkv,
         cos,
@@ -142,6 +165,7 @@ def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool) -> None:
         v,
         *cache_scales,
         *scales,
+        cos if bias is None else bias,
         scalar(SLOT) if pointers else SLOT,
         scalar(LAYER) if pointers else LAYER,
         q,

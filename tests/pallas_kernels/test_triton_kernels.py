@@ -129,8 +129,9 @@ def attention_blocks(prompt_splits, suffix_splits, prompt_rows=32) -> launch.Att
     return launch.AttentionConfig(16, prompt_rows, suffix_splits, prompt_splits, warps=4, stages=2)
 
 
+@pytest.mark.parametrize("splits", [(2, 3), (0, 1)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_decode_attention_over_codes(window):
+def test_decode_attention_over_codes(window, splits):
     """int8 keys and values with a scale for each slot and head; scales of slots out of use are NaN."""
     dtype = DTYPES[-1]
     q, prompt_k, prompt_v, lengths, k, v = attention_case(np.random.default_rng(4), dtype, 33)
@@ -141,13 +142,13 @@ def test_decode_attention_over_codes(window):
         codes.append(rounded(part, "int8"))
         scales.append(rounded(np.where(unused, np.nan, scale), "float32"))
     case = (q, *codes[:2], lengths, *codes[2:])
-    out = launch.decode_attention(*case, 33, 1, 0.25, window, attention_blocks(2, 3), scales=scales)
+    out = launch.decode_attention(*case, 33, 1, 0.25, window, attention_blocks(*splits), scales=scales)
     exact = [float64(part) * float64(scale)[..., None] for part, scale in zip(codes, scales, strict=True)]
     want = attention(float64(q), *exact[:2], lengths, *exact[2:], 33, 1, 0.25, window)
     assert relative_error(out, want) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("splits", [(1, 1), (2, 3), (4, 4)])
+@pytest.mark.parametrize("splits", [(1, 1), (2, 3), (4, 4), (0, 1)])
 @pytest.mark.parametrize(("length", "window"), [(1, None), (50, None), (17, None), (33, 20), (5, 8), (50, 1), (9, 500)])
 def test_decode_attention(length, window, splits):
     dtype = DTYPES[-1]
@@ -158,7 +159,8 @@ def test_decode_attention(length, window, splits):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "generations"), [(1, 1, 1), (7, 1, 6), (6, 6, 2), (14, 2, 5), (20, 1, 2)]
 )
-def test_decode_attention_head_layouts(heads, kv_heads, generations):
+@pytest.mark.parametrize("splits", [(2, 2), (0, 1)])
+def test_decode_attention_head_layouts(heads, kv_heads, generations, splits):
     dtype = DTYPES[-1]
     case = attention_case(np.random.default_rng(heads), dtype, 20, 2, generations, heads, kv_heads)
-    assert attention_error(case, 20, 0, None, attention_blocks(2, 2, prompt_rows=16)) < TOLERANCE[dtype]
+    assert attention_error(case, 20, 0, None, attention_blocks(*splits, prompt_rows=16)) < TOLERANCE[dtype]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.tuning import AttentionConfig, Int4Config
+from pallas_kernels.tuning import AttentionConfig, DenseConfig, Int4Config
 
 FILES = sorted((Path(tuning.__file__).parent / "tuned").glob("*.json"))
 SHAPES = [
@@ -37,7 +37,12 @@ def test_tuned_files_hold_configurations_that_fit_their_shape(file):
         assert config.product in (tuning.MMA, tuning.MMA_SWAPPED, tuning.WGMMA)
     for entry in entries["decode_attention"]:
         # 64 query rows would make Triton choose asynchronous products, see test_triton_compiles.py.
-        assert AttentionConfig(**entry["config"]).prompt_rows <= 32
+        config = AttentionConfig(**entry["config"])
+        assert config.prompt_rows <= 32
+        assert config.prompt_splits or config.suffix_splits == 1
+    for entry in entries.get("dense_matmul", []):
+        assert DenseConfig(**entry["config"]).fits(entry["k"])
+        assert min(entry["us"], entry["library_us"]) > 0
 
 
 def test_nearest_tuned_entry_that_fits_is_taken(monkeypatch):

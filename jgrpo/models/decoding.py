@@ -1,0 +1,89 @@
+"""The layers of one decode step, for rows that each hold one token.
+
+The same layer as `Transformer._layer`, cut differently. With few rows a launch costs more than most operations between two
+products do, so products leave partial sums (`pallas_kernels.rows`) and what comes next adds them: the rotation and cache
+write after qkv, the residual with the following norm after out and down, the gate after gate_up. A layer therefore takes its
+input normed already and leaves the normed input of the next one. Where no kernel runs, the jnp twins compute exactly what
+`_layer` does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jgrpo.models.config import ModelConfig
+from jgrpo.quantization import matmul_parts, reads_permuted
+from pallas_kernels import Rows, add_rms_norm, gated_activation
+
+Adapter = dict[str, tuple[Array, Array]]
+
+
+class DecodeLayers:
+    """One step's layers; `adapter` is fused (`jgrpo.lora.fuse`), `dtype` the compute dtype."""
+
+    def __init__(self, config: ModelConfig, base: Any, adapter: Adapter, dtype: Any) -> None:
+        self.config, self.weights, self.adapter, self.dtype = config, base["layers"], adapter, dtype
+        # What follows layer i: the norm in front of layer i + 1, and after the last one the final norm.
+        self.following_norm = jnp.concatenate([self.weights["input_norm"][1:], base["final_norm"][None]])
+
+    def enter(self, residual: Float[Array, "M D"]) -> Rows:
+        """The normed input of the first layer."""
+        return self._add(residual, None, None, self.weights["input_norm"], 0, self._permuted("qkv", 0, residual))[1]
+
+    def layer(
+        self,
+        index: int | Array,
+        residual: Float[Array, "M D"],
+        rows: Rows,
+        attend: Callable[[Float[Array, "S M N"]], tuple[Float[Array, "M K"], Any]],
+    ) -> tuple[Float[Array, "M D"], Rows, Any]:
+        """(residual, its rows normed for what follows, whatever `attend` keeps); `attend` takes qkv without its bias."""
+        attended, kept = attend(self._product("qkv", index, rows))
+        out = self._product("out", index, Rows(attended))
+        permuted = self._permuted("gate_up", index, residual)
+        residual, rows = self._add(residual, "out", out, self.weights["post_norm"], index, permuted)
+
+        gated = gated_activation(
+            self._product("gate_up", index, rows),
+            activation=self.config.activation,
+            dtype=self.dtype,
+            layer=index,
+            bias=self.weights.get("gate_up_bias"),
+            permuted=self._permuted("down", index, residual),
+        )
+        down = self._product("down", index, gated)
+        following = min(index + 1, self.config.num_layers - 1) if isinstance(index, int) else index
+        permuted = self._permuted("qkv", following, residual)
+        return *self._add(residual, "down", down, self.following_norm, index, permuted), kept
+
+    def _product(self, name: str, index: int | Array, rows: Rows) -> Float[Array, "S M N"]:
+        return matmul_parts(rows, self.weights[name], index, self.adapter.get(name))
+
+    def _permuted(self, name: str, index: int | Array, residual: Array) -> bool:
+        return reads_permuted(self.weights[name], index, residual.shape[0], self.dtype)
+
+    def _add(
+        self,
+        residual: Float[Array, "M D"],
+        name: str | None,
+        parts: Float[Array, "S M D"] | None,
+        scale: Float[Array, "L D"],
+        index: int | Array,
+        permuted: bool,
+    ) -> tuple[Float[Array, "M D"], Rows]:
+        """Add the product `name` to the residual and norm it by row `index` of `scale`."""
+        own_norm = {"out": "attention_out_norm", "down": "mlp_out_norm"}.get(name or "")
+        return add_rms_norm(
+            residual,
+            parts,
+            scale,
+            layer=index,
+            eps=self.config.rms_norm_eps,
+            offset=self.config.norm_offset,
+            bias=self.weights.get(f"{name}_bias"),
+            branch_scale=self.weights[own_norm] if own_norm and self.config.sandwich_norms else None,
+            permuted=permuted,
+        )

@@ -1,0 +1,77 @@
+"""What the tuning of every kernel shares: compiling ahead, timing from a CUDA graph, checking, reporting."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+
+CACHE_BYTES = 256 * 2**20
+"""Of a stack of layers that does not fit the L2 cache."""
+PARTIAL_SUM_BYTES_PER_US = 3e6
+BANDWIDTH_BYTES_PER_US = 4.3e6  # of a copy on an H200, for the bound in the JSON lines only
+
+
+def check(out, expected) -> float:
+    """Relative error of partial sums or a result."""
+    total = out.float().sum(0) if out.ndim > expected.ndim else out.float()
+    return float((total - expected).norm() / expected.norm())
+
+
+def graph_time(launch, layers: int, repeats: int = 5) -> float:
+    """Microseconds a launch, replayed from a CUDA graph over all layers; median of `repeats`."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        launch(0)
+        graph = torch.cuda.CUDAGraph()
+        count = layers * max(1, 40 // layers)
+        with torch.cuda.graph(graph, stream=stream):
+            for step in range(count):
+                launch((count - step) % layers)  # ends with layer 1, whose result the caller checks
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    return sorted(times)[repeats // 2]
+
+
+def partial_sum_us(m: int, n: int, split: int) -> float:
+    """What a consumer is charged for reading float32 parts instead of one 16-bit result."""
+    return 0 if split == 1 else (4 * split - 2) * m * n / PARTIAL_SUM_BYTES_PER_US
+
+
+def compile_all(function, jobs: list[tuple], deadline: float) -> None:
+    """Compile in parallel; a job that is not done by the deadline compiles when it is launched."""
+    start, failures = time.time(), []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        for future in as_completed(futures):
+            if future.exception() is not None:
+                failures.append(repr(future.exception())[:300])
+            if time.time() > deadline:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+    print(
+        f"compiled {len(jobs)} kernels in {time.time() - start:.0f} s; failed: {len(failures)} {failures[:2]}",
+        flush=True,
+    )
+
+
+def sample(items: list, limit: int) -> list:
+    """At most `limit` of the items, the same ones in every run."""
+    return items if len(items) <= limit else random.Random(0).sample(items, limit)
+
+
+def summary(op: str, entry: dict, moved: float) -> str:
+    """A JSON line about a tuned shape that moves at least that many bytes."""
+    gb_per_s, bound = moved / entry["us"] / 1e3, moved / BANDWIDTH_BYTES_PER_US
+    about = {"gb_per_s": round(gb_per_s), "bound_us": round(bound, 2), "of_bound": round(bound / entry["us"], 3)}
+    return json.dumps({"op": op, **entry, **about})
