@@ -2,14 +2,15 @@
 
 Such a product is bound by the bytes of W, which every multiprocessor must help to read; a small W has too few tiles of
 rows for that, so K is split too. XLA's own products do not split K for these shapes, and cannot leave the sum of the
-parts to their consumer. Which of the two is faster is measured for each shape (`tuning.dense_measurement`).
+parts to their consumer. Which of the two is faster is measured for each shape (`tuning.dense_measurement`); where it was
+not, `dispatch.py` decides by the number of tiles.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.reference import take_layer
+from pallas_kernels.reference import einsum_to, take_layer
 
 
 def dense_partial_sums(
@@ -41,12 +42,11 @@ def dense_partial_sums(
     chosen = dispatch.resolve(
         "dense_partial_sums",
         implementation,
-        dispatch.dense_matmul_rule(device, x.dtype, weight.dtype, k, tuning.dense_measurement(m, n, k)),
+        dispatch.dense_matmul_rule(device, x.dtype, weight.dtype, m, n, k, tuning.dense_measurement(m, n, k)),
         dispatch.dense_matmul_problem(device, x.dtype, weight.dtype, k),
     )
     if chosen == dispatch.TRITON:
         from pallas_kernels.dense_matmul_triton import partial_sums
 
         return partial_sums(x, weight, layer)
-    own = take_layer(weight, layer).astype(x.dtype)
-    return jnp.einsum("mk,nk->mn", x, own, preferred_element_type=jnp.float32).astype(x.dtype)[None]
+    return einsum_to(x.dtype, "mk,nk->mn", x, take_layer(weight, layer).astype(x.dtype))[None]

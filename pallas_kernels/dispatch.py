@@ -106,12 +106,22 @@ def dense_matmul_problem(device: Device, dtype, weight_dtype, k: int) -> str | N
     return f"K must divide by 64, got {k}" if k % 64 else None
 
 
-def dense_matmul_rule(device: Device, dtype, weight_dtype, k: int, measured: tuple[float, float] | None) -> str:
-    """The kernel where it was measured to be faster: `measured` is (its time, the library's), None for unmeasured shapes."""
-    if dense_matmul_problem(device, dtype, weight_dtype, k) or measured is None:
+DENSE_TILES = 132
+"""Tiles of 64 x 64 results that fill a GPU. With fewer, K must be split; XLA then adds a launch that sums the parts."""
+
+
+def dense_matmul_rule(
+    device: Device, dtype, weight_dtype, m: int, n: int, k: int, measured: tuple[float, float] | None
+) -> str:
+    """The kernel where it was measured to be faster: `measured` is (its time, the library's).
+
+    Unmeasured (None), the products of few results whose K must be split: 64 rows, or an adapter's few columns.
+    """
+    if dense_matmul_problem(device, dtype, weight_dtype, k):
         return REFERENCE
-    kernel, library = measured
-    return TRITON if kernel < library else REFERENCE
+    if measured is not None:
+        return TRITON if measured[0] < measured[1] else REFERENCE
+    return TRITON if m * n < DENSE_TILES * 64 * 64 and (m <= 64 or n <= 256) else REFERENCE
 
 
 def decode_attention_problem(

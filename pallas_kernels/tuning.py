@@ -137,11 +137,11 @@ def _dense_entry(m: int, n: int, k: int) -> dict | None:
 
 
 def dense_heuristic(m: int, n: int, k: int, *, multiprocessors: int = 132) -> DenseConfig:
-    """Tiles of 64 weights by all rows up to 128; K split until every multiprocessor has a program."""
+    """Tiles of 64 weights by all rows up to 128; K split in up to 16 until every multiprocessor has a program."""
     block_m = min(max(16, _power_of_two(m)), 128)
     block_k = next(size for size in (128, 64) if k % size == 0)
     tiles = math.ceil(n / 64) * math.ceil(m / block_m)
-    split_k = max(1, min(multiprocessors // tiles, k // block_k // 2))
+    split_k = max(1, min(multiprocessors // tiles, k // block_k // 2, 16))
     return DenseConfig(block_m, 64, block_k, split_k, True, warps=4, stages=4 if block_m <= 64 else 3)
 
 

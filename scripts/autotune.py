@@ -172,7 +172,9 @@ def attention_candidates(rows: int, prompts: int) -> list[AttentionConfig]:
         if prompt > 1 and prompts * prompt > 2 * 132:
             continue
         found.append(AttentionConfig(block, prompt_rows, suffix, prompt, warps, stages))
-    return found
+    # One program for prompt and suffix, and no merge, where that makes enough programs.
+    whole = itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5)) if rows >= 96 else ()
+    return found + [AttentionConfig(block, 16, 1, 0, *how) for block, *how in whole if block * how[1] <= 384]
 
 
 def attention_inputs(q: int, g: int, heads, prompt: int, suffix: int) -> dict:
@@ -193,15 +195,23 @@ def attention_inputs(q: int, g: int, heads, prompt: int, suffix: int) -> dict:
     }
 
 
+def attention_kernel(config: AttentionConfig):
+    """The kernel of the configuration."""
+    whole = decode_attention_triton.whole_attention_kernel
+    return decode_attention_triton.decode_attention_kernel if config.prompt_splits else whole
+
+
 def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: AttentionConfig) -> None:
     """Fill Triton's cache with one kernel; shapes are those of `attention_inputs`."""
     h, kv, depth = heads
     like = {"q": (q, g, h, depth), "prompt_k": (1, q, kv, prompt, depth), "k": (1, q, g, kv, suffix, depth)}
     empty = [torch.empty(shape, device="meta") for shape in like.values()]
-    half, whole = torch.bfloat16, torch.int32
-    types = [half, half, half, whole, half, half, whole, whole, torch.float32, torch.float32]
-    decode_attention_triton.decode_attention_kernel.warmup(
-        *types,
+    half, whole, wide = torch.bfloat16, torch.int32, torch.float32
+    outputs = [wide, wide] if config.prompt_splits else [half]
+    attention_kernel(config).warmup(
+        *[half, half, half, whole, half, half, whole, whole],
+        *[wide] * 4,  # of a cache without codes: pointers that the kernel doesn't follow
+        *outputs,
         grid=(1,),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
@@ -212,33 +222,29 @@ def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: A
 
 
 def attention_launch(inputs: dict, buffers, config: AttentionConfig, layer: int) -> None:
-    """Both kernels on one layer."""
+    """The kernel, and the merge of its parts, on one layer."""
     stats, values, out = buffers
     constants = decode_attention_triton.kernel_constants(
         inputs["q"], inputs["prompt_k"], inputs["k"], inputs["q"].shape[-1] ** -0.5, None, config
     )
     names = ("q", "prompt_k", "prompt_v", "lengths", "k", "v", "length")
-    decode_attention_triton.decode_attention_kernel[decode_attention_triton.grid(constants)](
+    attention_kernel(config)[decode_attention_triton.grid(constants)](
         *(inputs[name] for name in names),
         inputs["index"][layer],
-        stats,
-        values,
+        *(stats,) * 4,
+        *((stats, values) if config.prompt_splits else (out,)),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
     )
-    rows, splits = stats.shape[:2]
-    decode_attention_triton.merge_kernel[(rows,)](
-        stats,
-        values,
-        out,
-        D=values.shape[-1],
-        SPLITS=splits,
-        SPLITS_PAD=triton.next_power_of_2(splits),
-        num_warps=1,
-    )
+    if config.prompt_splits:
+        rows, splits = stats.shape[:2]
+        padded = triton.next_power_of_2(splits)
+        decode_attention_triton.merge_kernel[(rows,)](
+            stats, values, out, D=values.shape[-1], SPLITS=splits, SPLITS_PAD=padded, num_warps=1
+        )
 
 
 def attention_buffers(inputs: dict, config: AttentionConfig):
@@ -294,6 +300,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--op", nargs="+", default=["int4_matmul", "dense_matmul", "decode_attention"])
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--suffix", type=int, default=768, help="suffix slots that decode attention reads")
     parser.add_argument("--candidates", type=int, default=40, help="at most this many configurations a shape")
     parser.add_argument("--output", type=Path, help="default: pallas_kernels/tuned/<device>.json")
     parser.add_argument("--log", type=Path, help="every measurement as JSON lines")
@@ -345,7 +352,7 @@ def main(arguments: list[str]) -> None:
         for name, q in itertools.product(options.shapes, (8, 32)):
             heads = HEADS[name]
             candidates = attention_candidates(q * 8 * heads[1], q * heads[1])
-            plan[q, 8, heads, 256, 768] = sample(candidates, options.candidates)
+            plan[q, 8, heads, 256, options.suffix] = sample(candidates, options.candidates)
         jobs = [(*shape, config) for shape, configs in plan.items() for config in configs]
         compile_all(attention_compile, jobs, deadline - 30)
         for (q, g, heads, prompt, suffix), candidates in plan.items():

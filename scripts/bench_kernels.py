@@ -186,7 +186,7 @@ def bench_dense(shapes, rows, rates, report) -> None:
             for name in ("triton", "reference")
         }
         measured = tuning.dense_measurement(m, n, k)
-        times["chosen"] = times[dispatch.dense_matmul_rule(device, x.dtype, x.dtype, k, measured)]
+        times["chosen"] = times[dispatch.dense_matmul_rule(device, x.dtype, x.dtype, m, n, k, measured)]
         moved, flops = 2 * (n * k + m * (n + k)), 2 * m * n * k
         bound = max(moved / rates[0], flops / rates[1]) * 1e6
         report(op="dense_matmul", shape=f"{model} {k}x{n}", rows=m, bound=bound, bytes=moved, flops=flops, **times)

@@ -71,10 +71,17 @@ def test_a_measurement_decides_for_its_shape_and_fewer_rows(monkeypatch) -> None
 
     def rule(m: int, n: int = 2048, weight_dtype=jnp.bfloat16) -> str:
         measured = tuning.dense_measurement(m, n, 1536)
-        return dispatch.dense_matmul_rule(H200, jnp.bfloat16, weight_dtype, 1536, measured)
+        return dispatch.dense_matmul_rule(H200, jnp.bfloat16, weight_dtype, m, n, 1536, measured)
 
-    assert [rule(m) for m in (1, 64, 65, 256, 257)] == ["triton", "triton", "reference", "reference", "reference"]
-    assert rule(64, n=1536) == "reference"
+    assert [rule(m) for m in (1, 64, 65, 256, 257)] == [
+        "triton",
+        "triton",
+        "reference",
+        "reference",
+        "reference",
+    ]  # the last one by its size
+    assert [rule(64, n=n) for n in (96, 1536, 17920)] == ["triton", "triton", "reference"]
+    assert [rule(256, n=n) for n in (96, 1536)] == ["triton", "reference"]
     assert rule(64, weight_dtype=jnp.float32) == "reference"
     assert tuning.dense_config(50, 2048, 1536) == DenseConfig(**config)
 

@@ -21,7 +21,7 @@ CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads
 MATRICES = {int(np.prod(shape)) for shape in built.matrix_shapes(built.CONFIG).values()}
 OUTSIDE_OF_LAYERS = 17
 """Kernels of a step beside its layers': head, draw, record, embedding, angles, counters (docs/benchmarks.md)."""
-OF_A_MERGED_LAYER = 12
+OF_A_MERGED_LAYER = 10
 
 
 @pytest.fixture(scope="module", params=["int4", "bf16"])
