@@ -43,6 +43,7 @@ from jgrpo.config import LoraConfig, TrainConfig
 from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, generate
+from jgrpo.rollout.ahead import compile_all, lower_rollout
 from jgrpo.training import Batch, TrainState, grpo_step, make_optimizer
 from jgrpo.training.forward import Rows
 from jgrpo.training.guards import CompileCounter
@@ -155,7 +156,10 @@ class Bench:
         key = jax.random.fold_in(self.state.key, self.number)
         inputs = (self.model, self.base, self.state.lora, self.prompts, key, self.config.rollout)
         limits = None if self.args.lengths == "fixed" else jnp.asarray(self.lengths)
-        drawn = generate(*inputs, eos_ids=(), pad_id=0, row_limits=limits)
+        how = dict(eos_ids=(), pad_id=0, row_limits=limits)
+        drawn = generate(*inputs, **how)
+        if self.number == 1:
+            compile_all(lower_rollout(*inputs, **how)[1]())
         advantages = self.rewards - self.rewards.mean(axis=1, keepdims=True)
         self.batch = jax.block_until_ready(Batch(rollout=drawn, rewards=self.rewards, advantages=advantages))
 

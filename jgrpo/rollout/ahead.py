@@ -5,7 +5,7 @@ first be met after hundreds of steps, and compiling it then is a pause and a gro
 here with the shapes, settings and device bindings that `generate` will use, the programs are found in `jit`'s own cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,8 +33,9 @@ def lower_rollout(
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> tuple[jax.stages.Lowered, list[jax.stages.Lowered]]:
-    """The first program of `generate` with these arguments, and all that may follow it; nothing runs.
+    row_limits: Any = None,
+) -> tuple[jax.stages.Lowered, Callable[[], list[jax.stages.Lowered]]]:
+    """The first program of `generate` with these arguments, and what lowers all that may follow it; nothing runs.
 
     Not among them: those of the merged copy, and a few tiny ones around the loop, which every rollout runs.
     """
@@ -42,18 +43,19 @@ def lower_rollout(
     is_merged = plan_weights(model, base, config, (questions, width)).merged
     is_bound = any(leaf.committed for leaf in jax.tree.leaves((base, lora, key)))
     merged = bound(jax.eval_shape(lambda *given: merge(model, *given), base, lora), is_bound) if is_merged else None
-    limits, size = None, at_once(config, questions)
+    limits, size = row_limits, at_once(config, questions)
     if size < questions:
         keys = batch.row_keys(key, (questions, config.num_generations))
-        prompts, key, limits = next(batch._parts(size, prompts, keys, None, config.max_completion_length))
+        prompts, key, limits = next(batch._parts(size, prompts, keys, row_limits, config.max_completion_length))
     shape = (size, config.num_generations)
     smaller = compaction.buckets(*shape) if config.compaction else ()
     if not smaller:
         how = dict(eos_ids=eos_ids, pad_id=pad_id, row_limits=limits, merged=merged)
-        return batch.rollout_program.lower(model, base, lora, prompts, key, config, **how), []
+        return batch.rollout_program.lower(model, base, lora, prompts, key, config, **how), list
     setup = Setup.create(model, config, eos_ids, pad_id)
     first = batch._first_stage.lower(setup, base, lora, merged, prompts, key, limits, smaller[0])
-    return first, _lower_smaller(setup, (base, lora, merged), bound(first.out_info, is_bound), smaller, shape)
+    after = bound(first.out_info, is_bound)
+    return first, lambda: _lower_smaller(setup, (base, lora, merged), after, smaller, shape)
 
 
 def _lower_smaller(

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,16 @@ def check_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_wid
     raise UserError(refusal(config, planned, free, best_fit(config, plan, free)))
 
 
-def refusal(config: TrainConfig, planned: MemoryPlan, free: int, best: TrainConfig | None) -> str:
+class Needs(Protocol):
+    """Whatever says what a step needs."""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        ...
+
+
+def refusal(config: TrainConfig, planned: Needs, free: int, best: TrainConfig | None) -> str:
     """One line: what is needed, what is there, what to do."""
     needs = (
         f"{config.model.model} with {config.batch_in_words} needs {planned.total / 1e9:.2f} GB of {free / 1e9:.2f} GB"

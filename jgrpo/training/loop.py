@@ -31,6 +31,7 @@ from jgrpo.rollout import EnvironmentFactory, Rollout, environment_factory
 from jgrpo.rollout.weights import at_once, plan_weights
 from jgrpo.training import evaluation
 from jgrpo.training.algorithms import ALGORITHMS
+from jgrpo.training.compiled_memory import batch_shapes, check_compiled, device_limits
 from jgrpo.training.controllers import coefficient_metrics, initial_coefficients, next_coefficients
 from jgrpo.training.experience import Experience, advantages_of, completion_rows, host_metrics, judge, weights_of
 from jgrpo.training.filters import Judged, choose, judged, sample_until_informative, sampling_effort
@@ -82,9 +83,10 @@ def train(
         policy = load_policy(config.model, config.quantization, config.lora, tokenizer, longest)
         config = dataclasses.replace(config, quantization=policy.quantization)
         policy = dataclasses.replace(policy, environment=environment)
-        claim_directory(config)
         run = Run(config, policy, task, reporter, signals)
         try:
+            run.check_memory(Console(stderr=True))
+            claim_directory(config)
             return run.train()
         finally:
             run.close()
@@ -120,6 +122,22 @@ class Run:
         state = TrainState.create(lora, self.optimizer, run_key, critic)
         reference = initial_reference(config, model_config, lora)
         return committed(state.replace(reference=reference, coefficients=initial_coefficients(config.algorithm)))
+
+    def check_memory(self, console: Console) -> None:
+        """Compile the first programs of a step and refuse a run that they cannot be run in; nothing, where memory is not stated.
+
+        Raises:
+            UserError: see `check_compiled`.
+        """
+        if (limits := device_limits()) is None:
+            return
+        config, width, rollout = self.config, self.task.prompt_width, None
+        if self.policy.environment is None:
+            key, questions = jax.random.fold_in(self.state.key, 1), config.training.prompts_per_step
+            rollout = self.policy.lower_sample(self.state.lora, questions, key, config.rollout, width)
+        batch = batch_shapes(config, width, self.policy.environment is not None)
+        update = self.algorithm.step.lower(self.state, self.policy.base, batch, **self._step_settings)
+        check_compiled(config, self.policy, width, rollout, update, limits, console)
 
     def train(self) -> TrainState:
         """Every step that is left, then the exports."""
@@ -160,6 +178,7 @@ class Run:
         if self.policy.environment is not None:  # its rounds' few shapes are compiled when a batch first gets there
             compiled = self.compilations.count
         rollout, experience = choose(drawn)
+        rollout = committed(rollout)
         batch, reward_metrics = self._advantages(rollout, experience, step, times)
         self._stop_if_asked()
         with _timed(times, "update"):
@@ -264,19 +283,17 @@ class Run:
     def _update(self, batch: Batch, cursor: Cursor, measured: Mapping[str, Any]) -> dict[str, float]:
         config, used = self.config.algorithm, self.state.coefficients
         shown = host_metrics(coefficient_metrics(used))
-        state, metrics = self.algorithm.step(
-            self.state,
-            self.policy.base,
-            batch,
-            model=self.policy.model,
-            optimizer=self.optimizer,
-            config=self._step_config,
-            objective=self.objective,
-        )
+        state, metrics = self.algorithm.step(self.state, self.policy.base, committed(batch), **self._step_settings)
         following = next_coefficients(state.coefficients, {**measured, **metrics}, config, batch.rewards.size)
         state = state.replace(cursor=jnp.asarray(cursor, jnp.int32), coefficients=following)
         self.state = committed(synced(state, config.reference_sync_steps))
         return {**shown, **host_metrics(metrics)}
+
+    @property
+    def _step_settings(self) -> dict[str, Any]:
+        """The static arguments of the step."""
+        config = self._step_config
+        return dict(model=self.policy.model, optimizer=self.optimizer, config=config, objective=self.objective)
 
     @property
     def _step_config(self) -> TrainConfig:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jgrpo.checkpoints.dynamic import resolve_quantization
@@ -69,13 +70,21 @@ class Policy:
             environment.reset(examples[row // config.num_generations].columns)
         return generate_turns(*given, environments, tokenizer=self.tokenizer, eos_ids=self.eos_ids, pad_id=pad_id)
 
+    def lower_sample(
+        self, lora: Mapping[str, Any], questions: int, key: PRNGKeyArray, config: RolloutConfig, prompt_width: int
+    ) -> jax.stages.Lowered:
+        """The first program of `sample` for so many examples, without an environment."""
+        tokens, lengths = np.zeros((questions, prompt_width), np.int32), np.ones(questions, np.int32)
+        given = (self.model, self.base, lora, Prompts(tokens=tokens, lengths=lengths), key, config)  # type: ignore[arg-type]
+        return lower_rollout(*given, eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_token_id)[0]
+
     def _compile_rest(self, given: tuple[Any, ...], pad_id: int) -> None:
         """The programs that other lengths would need: behind the first rollout, whose tokens come first."""
         _, _, lora, prompts, _, config = given
         shape = (prompts.tokens.shape, config, bool(lora))
         if shape not in self.prepared:
             self.prepared.add(shape)
-            compile_all(lower_rollout(*given, eos_ids=self.eos_ids, pad_id=pad_id)[1])
+            compile_all(lower_rollout(*given, eos_ids=self.eos_ids, pad_id=pad_id)[1]())
 
 
 def load_policy(

@@ -1,7 +1,7 @@
 """The two pytrees that a training step takes: what is carried from step to step, and one rollout with its advantages."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jgrpo.rollout import Rollout
+
+T = TypeVar("T")
 
 
 class TrainState(struct.PyTreeNode):
@@ -54,8 +56,8 @@ class TrainState(struct.PyTreeNode):
         return committed(cls(step, lora, opt_state, key, jnp.zeros(2, jnp.int32), nonfinite, critic or {}))
 
 
-def committed(state: TrainState) -> TrainState:
-    """The state with every array bound to its device.
+def committed(state: T) -> T:
+    """The state (or a batch) with every array bound to its device.
 
     A program that uses host memory (`offload`) returns bound arrays, and `jit` compiles once more for arguments that were free
     before: a state that is bound from the start, and stays so, meets one program.

@@ -37,6 +37,7 @@ def test_no_rollout_compiles_a_program_of_the_loop(
 
     compilations = CompileCounter()
     first, rest = lower_rollout(model, base, lora, prompts, keys[0], config, **how)
+    rest = rest()
     compile_all([first, *rest])
     before = compilations.count
     generate(model, base, lora, prompts, keys[0], config, **how)
@@ -52,7 +53,7 @@ def test_no_rollout_compiles_a_program_of_the_loop(
 def test_the_first_program_is_what_runs_first(policy: Policy, prompts: Prompts) -> None:
     """Its result has the shape of the rollout: what its memory figures are about."""
     first, rest = lower_rollout(*policy, prompts, jax.random.key(0), CONFIG, eos_ids=(5,), pad_id=3)
-    assert not rest  # too few rows for compaction to pay
+    assert not rest()  # too few rows for compaction to pay
     shapes = [leaf.shape for leaf in jax.tree.leaves(first.out_info)]
     drawn = generate(*policy, prompts, jax.random.key(0), CONFIG, eos_ids=(5,), pad_id=3)
     assert shapes == [np.shape(leaf) for leaf in jax.tree.leaves(drawn)]
