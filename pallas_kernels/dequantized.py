@@ -31,8 +31,7 @@ def layer_weight(
         else:
             x, layer = lax.optimization_barrier((x, jnp.asarray(layer, jnp.int32)))
         return x, dequantize(packed, scales, layer, x.dtype, code, tail)
-    x, weight = reference.layer_weight(x, packed, scales, layer, code)
-    return x, weight if tail is None else jnp.concatenate([weight, tail.astype(weight.dtype)], axis=-1)
+    return reference.layer_weight(x, packed, scales, layer, code, tail)
 
 
 def matmul(x, packed, scales, layer, xa, lora_b, out_dtype, code: str = "int4") -> Float[Array, "M N"]:
@@ -42,10 +41,8 @@ def matmul(x, packed, scales, layer, xa, lora_b, out_dtype, code: str = "int4") 
     the one product, which copies x; where x is wider than the result, its product is rounded and added instead.
     """
     widens = packed.shape[-2] >= x.shape[1]
-    x, weight = layer_weight(x, packed, scales, layer, code, lora_b if widens else None)
-    if widens and xa is not None:
-        x = jnp.concatenate([x, xa.astype(x.dtype)], axis=-1)
-    out = reference.einsum_to(out_dtype, "mk,nk->mn", x, weight)
+    wide = jnp.concatenate([x, xa.astype(x.dtype)], axis=-1) if widens and xa is not None else x
+    out = reference.product(wide, packed, scales, layer, lora_b if widens else None, out_dtype, code, layer_weight)
     if widens or xa is None or lora_b is None:
         return out
     return out + reference.einsum_to(out_dtype, "mr,nr->mn", xa.astype(x.dtype), lora_b.astype(x.dtype))

@@ -167,9 +167,8 @@ def _backward(out_dtype, how, static_layer, residuals, g):
     if isinstance(g, SymbolicZero):
         return None, None, None, None, None, None
     g = g.astype(like_x.dtype)
-    dequantize = reference.layer_weight if how[0] == dispatch.REFERENCE else dequantized.layer_weight
-    g, weight = dequantize(g, packed, scales, layer, how[1])
-    dx = reference.einsum_to(like_x.dtype, "mn,nk->mk", g, weight)
+    layer_weight = reference.layer_weight if how[0] == dispatch.REFERENCE else dequantized.layer_weight
+    dx = reference.transposed_product(g, packed, scales, layer, how[1], layer_weight)
     if xa is None:
         return dx, None, None, None, None, None
     b = _lora_layer(lora_b, layer).astype(g.dtype)

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import cache_codes, dispatch
-from pallas_kernels.codes import dequantize, group_size
+from pallas_kernels.codes import PER_BYTE, dequantize, group_size
 
 __all__ = [
     "decode_attention",
@@ -19,7 +19,10 @@ __all__ = [
     "group_size",
     "int4_matmul",
     "layer_weight",
+    "product",
+    "row_slice",
     "take_layer",
+    "transposed_product",
 ]
 
 
@@ -42,8 +45,8 @@ def take_layer(stack: Array, layer: Int[Array, ""] | int | None) -> Array:
     return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
 
-def layer_weight(x: Array, packed, scales, layer, code: str = "int4") -> tuple[Array, Float[Array, "N K"]]:
-    """x unchanged, and the dequantized weight of `layer` in x's dtype.
+def layer_weight(x: Array, packed, scales, layer, code: str = "int4", tail=None) -> tuple[Array, Float[Array, "N KR"]]:
+    """x unchanged, and the dequantized weight of `layer` in x's dtype, with the columns of `tail` behind it.
 
     Inside a decoding loop the weights are loop-invariant, and XLA may hoist their dequantization into a
     full-precision copy that lives through the loop. The barrier ties them to x, which changes every iteration. With a
@@ -54,7 +57,31 @@ def layer_weight(x: Array, packed, scales, layer, code: str = "int4") -> tuple[A
     else:
         x, layer = lax.optimization_barrier((x, jnp.asarray(layer, jnp.int32)))
         packed, scales = take_layer(packed, layer), take_layer(scales, layer)
-    return x, dequantize(packed, scales, x.dtype, code)
+    weight = dequantize(packed, scales, x.dtype, code)
+    return x, weight if tail is None else jnp.concatenate([weight, tail.astype(weight.dtype)], axis=-1)
+
+
+DEQUANTIZED_BYTES = 256 * 2**20
+"""Dequantized weights that exist at the same time; a larger matrix is multiplied in blocks of its rows."""
+BLOCK_MULTIPLE = 128
+"""Blocks are multiples of this many rows: whole tiles of a matrix product."""
+
+
+def row_block(rows: int, width: int, item: int) -> int:
+    """Rows of a matrix `[rows, width]`, of `item` bytes a number, to dequantize at once: all, or even parts within the limit."""
+    fitting = DEQUANTIZED_BYTES // (width * item)
+    if rows <= fitting:
+        return rows
+    fitting = max(fitting // BLOCK_MULTIPLE, 1) * BLOCK_MULTIPLE
+    even = -(-rows // -(-rows // fitting))
+    return min(-(-even // BLOCK_MULTIPLE) * BLOCK_MULTIPLE, rows)
+
+
+def row_slice(stack: Array, layer: Int[Array, ""] | int | None, start: Int[Array, ""], size: int) -> Array:
+    """`stack[layer, start : start + size]`, one dynamic slice."""
+    if layer is None:
+        return lax.dynamic_slice_in_dim(stack, start, size)
+    return lax.dynamic_slice(stack, (layer, start, 0), (1, size, stack.shape[-1]))[0]
 
 
 def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, code: str = "int4") -> Float[Array, "M N"]:
@@ -63,11 +90,51 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, code: str = "in
     The adapter's product is R more columns of the same product: a sum of two would hold both in float32, which for the MLP
     of a training forward was the largest memory of a step.
     """
-    x, weight = layer_weight(x, packed, scales, layer, code)
     if xa is not None:
         x = jnp.concatenate([x, xa.astype(x.dtype)], axis=-1)
-        weight = jnp.concatenate([weight, lora_b.astype(weight.dtype)], axis=-1)
-    return einsum_to(out_dtype, "mk,nk->mn", x, weight)
+    return product(x, packed, scales, layer, lora_b, out_dtype, code, layer_weight)
+
+
+def product(x, packed, scales, layer, tail, out_dtype, code: str, layer_weight) -> Float[Array, "M N"]:
+    """x @ [dequant(W[layer]), tail]^T, whole or in blocks of W's rows (`row_block`); `layer_weight` dequantizes.
+
+    The last block is as long as the others, so it repeats rows of the one before.
+    """
+    rows, width = packed.shape[-2], PER_BYTE[code] * packed.shape[-1]
+    block = row_block(rows, width, x.dtype.itemsize)
+    if block == rows:
+        x, weight = layer_weight(x, packed, scales, layer, code, tail)
+        return einsum_to(out_dtype, "mk,nk->mn", x, weight)
+
+    def step(index, out):
+        start = jnp.minimum(index * block, rows - block)
+        parts = [row_slice(part, layer, start, block) for part in (packed, scales)]
+        own_tail = None if tail is None else row_slice(tail, None, start, block)
+        inputs, weight = layer_weight(x, *parts, None, code, own_tail)
+        part = einsum_to(out_dtype, "mk,nk->mn", inputs, weight)
+        return lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
+
+    return lax.fori_loop(0, -(-rows // block), step, jnp.zeros((x.shape[0], rows), out_dtype))
+
+
+def transposed_product(g, packed, scales, layer, code: str, layer_weight) -> Float[Array, "M K"]:
+    """g @ dequant(W[layer]), accumulated in float32, rounded once to g's dtype: the gradient of `product` in x."""
+    rows, width = packed.shape[-2], PER_BYTE[code] * packed.shape[-1]
+    block = row_block(rows, width, g.dtype.itemsize)
+    if block == rows:
+        g, weight = layer_weight(g, packed, scales, layer, code)
+        return einsum_to(g.dtype, "mn,nk->mk", g, weight)
+
+    def step(index, total):
+        start = jnp.minimum(index * block, rows - block)
+        own = start + jnp.arange(block) >= index * block  # not those of the block before
+        columns = jnp.where(own, lax.dynamic_slice_in_dim(g, start, block, axis=1), 0)
+        parts = [row_slice(part, layer, start, block) for part in (packed, scales)]
+        columns, weight = layer_weight(columns, *parts, None, code)
+        return total + einsum_f32("mn,nk->mk", columns, weight)
+
+    total = lax.fori_loop(0, -(-rows // block), step, jnp.zeros((g.shape[0], width), jnp.float32))
+    return total.astype(g.dtype)
 
 
 def decode_attention(

@@ -73,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight; above 0: with a reference forward")
     parser.add_argument("--lora-rank", type=int, default=32, help="rank R (default %(default)s)")
+    parser.add_argument("--optimizer-bits", type=int, choices=(8, 32), default=32, help="of AdamW's moments")
     parser.add_argument("--group-size", type=int, default=64, help="int4 group (default %(default)s)")
     parser.add_argument("--quantization", choices=("int4", "none"), default="int4", help="of the linear layers")
     parser.add_argument("--int4-embeddings", action="store_true", help="embedding and head in int4 too")
@@ -105,6 +106,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             default.quantization, quantization=args.quantization, group_size=args.group_size, skip_modules=kept
         ),
         algorithm=dataclasses.replace(default.algorithm, beta=args.beta),
+        optimizer=dataclasses.replace(default.optimizer, optimizer_bits=args.optimizer_bits),
         training=dataclasses.replace(
             default.training,
             prompts_per_step=args.prompts,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jgrpo import plan as command
 from jgrpo.cli import resolve_config
-from jgrpo.config import LINEAR_MODULES
+from jgrpo.config import LINEAR_MODULES, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import init_lora
 from jgrpo.models import KVCache, ModelConfig, Transformer, base_shapes
@@ -55,6 +55,8 @@ def compiled(config):
     questions, group, length = config.training.prompts_per_step, *_lengths(config)
     base = base_shapes(SHAPE, jnp.float32)
     base["layers"] = {name: _packed(leaf, name, config) for name, leaf in base["layers"].items()}
+    if not config.quantization.skip_modules:
+        base["embed"] = _packed(base["embed"], "down", config)
     lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), config.lora, SHAPE))
     state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer, jax.random.key(1)), lora)
     per_token, per_row = (questions, group, length), (questions, group)
@@ -95,8 +97,9 @@ def _packed(leaf, name, config):
         {"logprob_workspace": 100.0, "microbatch_size": 16},
         {"target_modules": LINEAR_MODULES, "lora_rank": 64},
         {"target_modules": LINEAR_MODULES, "lora_rank": 64, "optimizer_bits": 8},
+        {"skip_modules": (), "logprob_workspace": 60.0, "microbatch_size": 16},
     ],
-    ids=["shared prompt", "separate rows", "no remat", "large batch", "large adapter", "8-bit moments"],
+    ids=["shared prompt", "separate rows", "no remat", "large batch", "large adapter", "8-bit moments", "packed head"],
 )
 def test_plan_is_what_xla_plans(values):
     chosen = config(**values)
@@ -183,21 +186,54 @@ def test_best_fit_changes_nothing_that_fits_and_never_the_batch():
     assert of(best).total < of(chosen).total
 
 
-def test_best_fit_samples_fewer_prompts_then_in_8_bits_then_quantizes_more():
+def test_best_fit_samples_fewer_prompts_then_takes_8_bits_then_quantizes_more():
     """Where the cache of the rollout is what is large: each limit is just below what the settings before it need."""
     chosen = config(prompts_per_step=4, microbatch_size=16, max_completion_length=4096, num_generations=64)
     limit, seen = of(chosen).total, []
     while (best := best_fit(chosen, of, limit)) is not None:
         rollout, packed = best.rollout, best.quantization.skip_modules == ()
-        seen.append((rollout.prompts_at_once, rollout.kv_cache, packed))
+        seen.append((rollout.prompts_at_once, rollout.kv_cache, best.optimizer.optimizer_bits, packed))
         limit = of(best).total - 1
     assert list(dict.fromkeys(seen)) == [
-        *[(at_once, "auto", False) for at_once in (None, 2, 1)],
-        (1, "int8", False),
-        (1, "int8", True),
+        *[(at_once, "auto", 32, False) for at_once in (None, 2, 1)],
+        (1, "int8", 32, False),
+        (1, "int8", 8, False),
+        (1, "int8", 32, True),
+        (1, "int8", 8, True),
     ]
     changed = dataclasses.replace(chosen, quantization=dataclasses.replace(chosen.quantization, skip_modules=()))
     assert setting_flags(chosen, changed) == "--skip-modules"
+
+
+CARDS = [
+    (4, "qwen2", 512, (151_936, 1536, 8960, 28, 12, 2, 128), True),
+    (8, "llama", 512, (128_256, 4096, 14_336, 32, 32, 8, 128), False),
+    (12, "llama", 512, (100_352, 5120, 17_920, 40, 40, 10, 128), False),
+    (24, "qwen2", 512, (152_064, 5120, 27_648, 64, 40, 8, 128), False),
+    (48, "llama", 512, (128_256, 8192, 28_672, 80, 64, 8, 128), False),
+    (48, "llama", 19_744, (128_256, 4096, 14_336, 32, 32, 8, 128), False),
+]
+"""GB of a card, family, new tokens, shape and tied embeddings of what it must train."""
+
+
+@pytest.mark.parametrize(
+    ("card", "family", "length", "sizes", "tied"), CARDS, ids=["1.5B", "8B", "14B", "32B", "70B", "8B, 20,000 tokens"]
+)
+def test_every_card_has_settings_that_fit(card, family, length, sizes, tied):
+    """8 prompts x 8 completions, prompt 256, LoRA of rank 32 on all linear layers; 0.6 GB of the card are the context's."""
+    shape = ModelConfig(family, *sizes, qkv_bias=family == "qwen2", tie_embeddings=tied)
+    chosen = TrainConfig()
+    chosen = dataclasses.replace(chosen, rollout=dataclasses.replace(chosen.rollout, max_completion_length=length))
+
+    def plan(option):
+        return plan_memory(option, shape, jnp.bfloat16, 256, cudnn=True)
+
+    best = best_fit(chosen, plan, int((card - 0.6) * 1e9))
+    assert best is not None
+    assert (best.training.prompts_per_step, best.rollout.num_generations, best.lora.lora_rank) == (8, 8, 32)
+    assert plan(best).total <= (card - 0.6) * 1e9
+    # A card of a fraction of the size has none: the frozen weights alone are larger.
+    assert best_fit(chosen, plan, plan(best).base // 2) is None
 
 
 def run(capsys, *argv):

@@ -58,16 +58,22 @@ def alternatives(config: TrainConfig) -> Iterator[TrainConfig]:
 
     Smaller microbatches come before offload, which costs transfers, and a microbatch below a group, which computes its prompt
     more than once, after it. Then fewer prompts are sampled at a time, which costs time alone; then the rollout's cache is
-    in 8 bits, then the embedding and the head in four, which costs precision. The batch is never made smaller: with one
+    in 8 bits, then the optimizer's state, then the embedding and the head are in four, which costs precision. The batch is never made smaller: with one
     prompt sampled at a time and one completion in a microbatch, the peak does not depend on it.
     """
     prompts = config.training.prompts_per_step
     completions = prompts // config.algorithm.num_minibatches * config.rollout.num_generations
     trainings = _less_activation(config.training, config.rollout.num_generations, completions)
     for quantization in _less_base(config.quantization):
-        for rollout in _less_cache(config.rollout, prompts):
-            for training in trainings:
-                yield dataclasses.replace(config, training=training, rollout=rollout, quantization=quantization)
+        for bits in dict.fromkeys((config.optimizer.optimizer_bits, 8)):
+            less_base = dataclasses.replace(
+                config,
+                quantization=quantization,
+                optimizer=dataclasses.replace(config.optimizer, optimizer_bits=bits),
+            )
+            for rollout in _less_cache(config.rollout, prompts):
+                for training in trainings:
+                    yield dataclasses.replace(less_base, training=training, rollout=rollout)
 
 
 def _less_base(quantization: QuantizationConfig) -> list[QuantizationConfig]:

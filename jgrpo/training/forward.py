@@ -7,7 +7,8 @@ dropout: its mask is drawn for each position computed, so the completions of a p
 separate rows draw G of them; each completion by itself sees the same distribution either way.
 
 The hidden states at the positions that predict completion tokens are gathered before the head is applied, so prompt
-and padding cost no vocabulary work, and the head runs over `chunk` positions at a time.
+and padding cost no vocabulary work, and the head runs over `chunk` positions at a time; a packed head over slices of the
+vocabulary too, so that it is never dequantized whole (`packed_head_chunks`).
 
 The policy is softmax(logits / temperature) over the whole vocabulary, as in TRL and verl, also where top-k, top-p or
 min-p truncate the sampler: `Rollout.policy_logprobs` is the sampler's number for the same policy (`log_kept` is the
@@ -24,7 +25,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import pallas_kernels
-from jgrpo.models import Transformer
+from jgrpo.models import ModelConfig, Transformer
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import Int4Weight
@@ -159,7 +160,7 @@ def token_logprobs(
         temperature: divides the logits, as in the sampler.
         remat: recompute each layer in the backward.
         offload: keep what remat needs of each layer, its input, in pinned host memory.
-        chunk: positions whose logits exist at the same time.
+        chunk: positions whose logits exist at the same time, of a packed head their bytes.
         group: so many rows after each other have the same prompt, which is computed once for them (`Rows.prompt_group`).
         dropout_key: draws the adapter's dropout; None: no dropout.
     """
@@ -226,6 +227,26 @@ def logprob_chunk(model: Transformer, workspace: float) -> int:
     return fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE or fitting
 
 
+HEAD_SHARE = 0.25
+"""Part of the workspace that the dequantized slice of a packed head may take; logits and gradient get the rest."""
+VOCABULARY_MULTIPLE = 128
+"""Slices of a packed head are multiples of this many entries, for the same reason as chunks."""
+
+
+def packed_head_chunks(config: ModelConfig, item: int, chunk: int) -> tuple[int, int]:
+    """(positions, entries of the vocabulary) at once for a packed head, in the bytes that `chunk` positions of logits take.
+
+    Of `item` bytes a number of the compute dtype: the dequantized slice, logits in float32 and their gradient, and, for each
+    position, the gradient of the hidden state in float32, as a sum and as one slice's part.
+    """
+    vocabulary, width = config.vocab_size, config.hidden_size
+    workspace = chunk * vocabulary * (4 + item)
+    fitting = int(HEAD_SHARE * workspace) // (width * item)
+    entries = min(max(fitting // VOCABULARY_MULTIPLE, 1) * VOCABULARY_MULTIPLE, vocabulary)
+    positions = (workspace - entries * width * item) // (entries * (4 + item) + 8 * width)
+    return max(positions // CHUNK_MULTIPLE * CHUNK_MULTIPLE or positions, 1), entries
+
+
 def head_logprobs(
     model: Transformer,
     variables: Mapping[str, Any],
@@ -238,7 +259,10 @@ def head_logprobs(
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """log π(target) and the entropy of π from the hidden states that predict the targets; 0 outside the mask."""
     head: Any = model.apply(variables, method="head_weight")
-    arrays = (head.packed, head.scales) if isinstance(head, Int4Weight) else head
+    arrays, entries = head, None
+    if isinstance(head, Int4Weight):
+        arrays = (head.packed, head.scales)
+        chunk, entries = packed_head_chunks(model.config, hidden.dtype.itemsize, chunk)
     flat = hidden.reshape(-1, hidden.shape[-1])
     outputs = pallas_kernels.token_logprobs(
         flat,
@@ -247,6 +271,7 @@ def head_logprobs(
         temperature=temperature,
         softcap=model.config.logit_softcap,
         chunk=chunk,
+        vocabulary_chunk=entries,
     )
     logprobs, entropy = (jnp.where(mask, output.reshape(mask.shape), 0.0) for output in outputs)
     return logprobs, entropy

@@ -15,13 +15,13 @@ those of its attention rows, and W = (H + 2K)·Hd:
 - layer: the largest moment of one layer's backward. In the MLP: gate, up, their product, and the gradients of all three, 6·F a
   position, beside what the layer recomputed before (7·D, W, H·Hd a position, W + 2·H·Hd an attention row). In attention: its
   outputs, rows and their gradients. Where attention is not cuDNN's (a CPU, float32), also the scores of one block of
-  queries, three times: XLA sets the space of that inner loop aside for the whole layer. Plus the layer's largest matrix in
-  the compute dtype. Without remat each layer keeps its products,
-  W + D + 2·F a position, and the largest moment is without them and what they are recomputed from.
-- log-probs: the logits of a chunk in float32 and their gradient (`logprob_chunk`), hidden states of the completions,
-  twice, and a packed head in the compute dtype.
+  queries, three times: XLA sets the space of that inner loop aside for the whole layer. Plus what exists of the layer's
+  largest matrix in the compute dtype (`row_block`). Without remat each layer keeps its products, W + D + 2·F a position, and
+  the largest moment is without them and what they are recomputed from.
+- log-probs: the logits of a chunk in float32 and their gradient (`logprob_chunk`; with a packed head also a slice of it, and
+  the sums of its gradient: `packed_head_chunks`), and the hidden states of the completions, twice.
 - KV cache: of the prompts that are sampled at the same time (`prompts_at_once`).
-- prefill: one layer over their prompts, in the MLP: 3·F and 3·D a position, and the layer's largest matrix.
+- prefill: one layer over their prompts, in the MLP: 3·F and 3·D a position, and the dequantized matrix.
 - sampling: V float32 logits for each row, twice (drawn from, and their cumulated or perturbed copy), and what decodes
   beside the base: the adapter in the compute dtype, its B's laid out for the base's matrices (`jgrpo.lora.fuse`), or
   the merged copy.
@@ -45,7 +45,8 @@ from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.models.attention import QUERY_BLOCK
 from jgrpo.rollout.weights import at_once, cache_bytes, fused_bytes, matrix_shapes, merged_bytes
 from jgrpo.training.adam8bit import state_bytes
-from jgrpo.training.forward import logprob_chunk
+from jgrpo.training.forward import logprob_chunk, packed_head_chunks
+from pallas_kernels.reference import row_block
 
 RUNTIME_BYTES = 80_000_000
 SCALE_BYTES = 2
@@ -129,7 +130,6 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
     prompts = at_once(config.rollout, config.training.prompts_per_step)
     rows = prompts * config.rollout.num_generations
     decoding = merged_bytes(model) if config.rollout.rollout_weights == "bf16" else fused_bytes(model)
-    matrix = max(out * width for out, width in matrix_shapes(shape).values()) * jnp.dtype(dtype).itemsize
     wide = 3 * (shape.hidden_size + shape.intermediate_size) * jnp.dtype(dtype).itemsize
     return MemoryPlan(
         base=base_bytes(config, shape, dtype),
@@ -137,7 +137,7 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
         optimizer=state_bytes(adapter_sizes(config, shape), config.optimizer.optimizer_bits),
         runtime=RUNTIME_BYTES if cudnn else 0,
         kv_cache=cache_bytes(model, config.rollout, (config.training.prompts_per_step, prompt_width)),
-        prefill=prompts * prompt_width * wide + matrix,
+        prefill=prompts * prompt_width * wide + _dequantized(shape, jnp.dtype(dtype).itemsize),
         sampling=2 * rows * shape.vocab_size * 4 + decoding,
         gradients=2 * adapter,
         layer_inputs=(2 if offloaded else layers) * layer_inputs + layers * kept,
@@ -192,19 +192,25 @@ def _activations(
     in_mlp = forward + positions * (2 * width + 3 * mlp) + rows * heads
     in_attention = attention + positions * (width + heads + qkv) + rows * (qkv + 2 * heads)
     scores = 0 if cudnn else 3 * batch * shape.num_heads * min(QUERY_BLOCK, rows // batch) * (rows // batch) * 4
-    matrix = max(out * width for out, width in matrix_shapes(shape).values()) * item
     kept = 0
     if not config.training.remat:
         kept = positions * (qkv + width + 2 * mlp)
         in_mlp, in_attention = positions * 4 * (width + mlp), in_attention - positions * (qkv + width)
-    return positions * width * item, kept * item, max(in_mlp, in_attention) * item + scores + matrix
+    return positions * width * item, kept * item, max(in_mlp, in_attention) * item + scores + _dequantized(shape, item)
+
+
+def _dequantized(shape: ModelConfig, item: int) -> int:
+    """The most of a layer's matrix that exists in the compute dtype at the same time."""
+    return max(row_block(out, width, item) * width for out, width in matrix_shapes(shape).values()) * item
 
 
 def _logprob_bytes(config: TrainConfig, model: Transformer) -> int:
     item = jnp.dtype(model.dtype).itemsize
     completion = config.training.microbatch_size * config.rollout.max_completion_length
-    chunk = min(logprob_chunk(model, config.training.logprob_workspace), completion)
+    chunk, width = logprob_chunk(model, config.training.logprob_workspace), model.config.hidden_size
+    states = 2 * completion * width * item
     head = ("embed",) if model.config.tie_embeddings else ("head",)
-    is_packed = leaf_group_size(head, model.config, config.quantization) is not None
-    wide = model.config.vocab_size * model.config.hidden_size * item if is_packed else 0
-    return chunk * model.config.vocab_size * (4 + item) + 2 * completion * model.config.hidden_size * item + wide
+    if leaf_group_size(head, model.config, config.quantization) is None:
+        return min(chunk, completion) * model.config.vocab_size * (4 + item) + states
+    chunk, entries = packed_head_chunks(model.config, item, chunk)
+    return min(chunk, completion) * (entries * (4 + item) + 8 * width) + entries * width * item + states

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Rows, dequantized, dispatch, int4_matmul, int4_partial_sums, reads_permuted
+from pallas_kernels import Rows, dequantized, dispatch, int4_matmul, int4_partial_sums, reads_permuted, reference
 from tests.pallas_kernels.oracles import random_int4, relative_error
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3}
@@ -196,3 +196,58 @@ def test_bad_shapes_and_implementations_raise():
             int4_matmul(x, packed, scales, **arguments)
     with pytest.raises(ValueError, match="x must be"):
         int4_matmul(jnp.ones((2, 32)), packed, scales)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_blocks_of_a_large_matrix_are_the_whole(monkeypatch, stacked, adapter):
+    """130 rows in blocks of 48, the last of which repeats a part: product and gradients against float64, and what exists."""
+    rng = np.random.default_rng(11)
+    packed, scales, weight = random_int4(rng, 130, 64, 32, layers=(3,) if stacked else ())
+    weight = weight[1] if stacked else weight
+    x, xa, b, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(9, 64), (9, 4), (130, 4), (9, 130)])
+    monkeypatch.setattr(reference, "BLOCK_MULTIPLE", 16)
+
+    def run(packed, scales, layer, *trained):
+        def product(x, xa=None, b=None):
+            return int4_matmul(x, packed, scales, layer=layer if stacked else None, xa=xa, lora_b=b)
+
+        out, pull = jax.vjp(product, *trained)
+        return out, pull(g)
+
+    trained = (x, xa, b) if adapter else (x,)
+
+    def compiled(limit):
+        monkeypatch.setattr(reference, "DEQUANTIZED_BYTES", limit)
+        program = jax.jit(lambda *args: run(*args)).lower(packed, scales, jnp.int32(1), *trained).compile()
+        sizes = [
+            np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", program.as_text())
+        ]
+        return program(packed, scales, jnp.int32(1), *trained), max(sizes)
+
+    (out, gradients), largest = compiled(48 * 64 * 4)
+    assert 48 * 64 <= largest < 130 * 64
+    assert compiled(2**20)[1] >= 130 * 64
+    x64, g64, xa64, b64 = (np.asarray(a, np.float64) for a in (x, g, xa, b))
+    want = [g64 @ weight, g64 @ b64, g64.T @ xa64] if adapter else [g64 @ weight]
+    assert relative_error(out, x64 @ weight.T + (xa64 @ b64.T if adapter else 0)) < 2e-6
+    assert all(relative_error(got, expected) < 2e-6 for got, expected in zip(gradients, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "block"),
+    [
+        (17_920, 1536, 17_920),  # Qwen2.5-1.5B's largest, and Llama-3.1-8B's: whole, as fast as without the rule
+        (28_672, 4096, 28_672),
+        (35_840, 5120, 17_920),  # 14B, 32B and 70B
+        (55_296, 5120, 18_432),
+        (57_344, 8192, 14_336),
+        (8192, 28_672, 4096),
+        (128_256, 4096, 32_128),
+        (100, 2**28, 100),
+        (1000, 2**28, 128),
+    ],
+)
+def test_blocks_are_even_parts_of_at_most_256_mib(rows, width, block):
+    assert reference.row_block(rows, width, 2) == block
+    assert block == rows or block % 128 == 0

@@ -106,6 +106,8 @@ def test_bad_arguments_raise():
         token_logprobs(hidden, head, targets[:2])
     with pytest.raises(ValueError, match="must be positive"):
         token_logprobs(hidden, head, targets, temperature=0.0)
+    with pytest.raises(ValueError, match="must be positive"):
+        token_logprobs(hidden, head, targets, vocabulary_chunk=0)
     with pytest.raises(ValueError, match="only the reference exists"):
         token_logprobs(hidden, head, targets, implementation="triton")
 
@@ -130,3 +132,66 @@ def test_softcap_bends_the_logits_before_the_temperature():
         assert relative_error(got, want) < 5e-6
     gradients = [jax.grad(loss, argnums=(1, 2))(function, hidden, head) for function in (ours, capped)]
     assert all(relative_error(got, want) < 1e-5 for got, want in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", [21, 64, 97])
+@pytest.mark.parametrize("entries", [1, 8, 32, 96])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_slices_of_an_int4_head_are_the_whole(vocabulary, entries, softcap):
+    """Odd vocabularies, of which the last slice repeats a part; against float64 and autodiff of the whole head."""
+    rng = np.random.default_rng(vocabulary + entries)
+    packed, scales, weight = random_int4(rng, vocabulary, 64, 32)
+    hidden, g = jnp.asarray(rng.normal(size=(13, 64)), jnp.float32), jnp.asarray(rng.normal(size=(2, 13)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocabulary, 13), jnp.int32).at[:2].set(jnp.array([0, vocabulary - 1]))
+    how = dict(temperature=0.7, softcap=softcap)
+
+    def ours(hidden):
+        return token_logprobs(hidden, (packed, scales), targets, chunk=5, vocabulary_chunk=entries, **how)
+
+    def whole(hidden):
+        return token_logprobs(hidden, jnp.asarray(weight, jnp.float32), targets, **how)
+
+    z = np.asarray(hidden, np.float64) @ weight.T
+    want = logprobs(z if softcap is None else softcap * np.tanh(z / softcap), np.eye(vocabulary), targets, 0.7)
+    for got, expected in zip(jax.jit(ours)(hidden), want, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda h: jnp.vdot(g, jnp.stack(function(h)))))(hidden)
+
+    assert relative_error(gradient(ours), gradient(whole)) < 1e-5
+
+
+def test_slices_take_logits_of_any_size():
+    """Logits of ±10^4, and a first slice far below the last: nothing overflows, and nothing is lost."""
+    rng = np.random.default_rng(8)
+    packed, scales, weight = random_int4(rng, 50, 32, 32)
+    scales, weight = (
+        scales * np.linspace(1, 200, 50)[:, None].astype(np.float32),
+        weight * np.linspace(1, 200, 50)[:, None],
+    )
+    hidden, targets = jnp.asarray(rng.normal(size=(9, 32)), jnp.float32), jnp.asarray(rng.integers(0, 50, 9), jnp.int32)
+    for order in (slice(None), slice(None, None, -1)):
+        got = token_logprobs(hidden, (packed[order], scales[order]), targets, vocabulary_chunk=16)
+        for value, want in zip(got, logprobs(hidden, weight[order], targets, 1.0), strict=True):
+            np.testing.assert_allclose(value, want, atol=2e-4, rtol=1e-5)
+
+
+def test_an_int4_head_is_never_whole():
+    """Of 64 positions, 96 entries and width 32: slices of 16 entries, chunks of 8 positions."""
+    rng = np.random.default_rng(9)
+    packed, scales, _ = random_int4(rng, 96, 32, 32)
+    hidden, targets = (
+        jnp.asarray(rng.normal(size=(64, 32)), jnp.float32),
+        jnp.asarray(rng.integers(0, 96, 64), jnp.int32),
+    )
+
+    def floats(entries):
+        loss = lambda h, *head: token_logprobs(h, head, targets, chunk=8, vocabulary_chunk=entries)[0].sum()  # noqa: E731
+        hlo = jax.jit(jax.grad(loss)).lower(hidden, packed, scales).compile().as_text()
+        return {np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", hlo)}
+
+    assert {8 * 96, 96 * 32} <= floats(None)
+    sliced = floats(16)
+    assert {8 * 16, 16 * 32} <= sliced
+    assert max(sliced) == 64 * 32, "hidden states and their gradient"

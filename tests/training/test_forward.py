@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgrpo.training.forward import logprob_chunk, packed_tokens, rows_of
+from jgrpo.models import ModelConfig, Transformer
+from jgrpo.quantization import dequantize, quantize
+from jgrpo.training import forward
+from jgrpo.training.forward import logprob_chunk, packed_head_chunks, packed_tokens, rows_of
 from tests.training.setup import (
     EOS,
     GENERATIONS,
@@ -119,6 +122,39 @@ def test_workspace_bounds_the_bytes_of_a_chunk(dtype, bytes_each):
         # Nothing is left over but the rounding to whole tiles.
         assert (chunk + (64 if chunk >= 64 else 1)) * model.config.vocab_size * bytes_each > workspace * 1e6
     assert logprob_chunk(model, 1e-9) == 1
+
+
+def test_a_packed_head_is_read_in_slices(monkeypatch):
+    """Log-probabilities, entropy and gradient of an int4 embedding are those of its values, whatever the slices."""
+    base, rows, lora = tiny_base(), rows_of(rollout()), trained_lora()
+    packed = quantize(base["embed"], 32)
+
+    def run(embed, chunk):
+        def loss(lora):
+            logprobs, entropy = token_logprobs(MODEL, {**base, "embed": embed}, lora, rows, chunk=chunk)
+            return (logprobs**2 + 0.3 * entropy).mean(), (logprobs, entropy)
+
+        return jax.grad(loss, has_aux=True)(lora)
+
+    wanted = run(dequantize(packed), 1000)
+    monkeypatch.setattr(forward, "VOCABULARY_MULTIPLE", 8)
+    for chunk, blocks in ((10, (12, 8)), (40, (30, 32))):
+        assert packed_head_chunks(MODEL.config, 4, chunk) == blocks
+        for got, want in zip(jax.tree.leaves(run(packed, chunk)), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["llama-3.3-70b", "llama-3.1-8b", "qwen2.5-1.5b"])
+@pytest.mark.parametrize("workspace", [64, 256, 1024])
+def test_workspace_bounds_a_packed_head(name, workspace):
+    """Its slice, the slice's logits and their gradient, and the hidden states' gradient in float32, twice."""
+    shape = {"llama-3.3-70b": (128_256, 8192), "llama-3.1-8b": (128_256, 4096), "qwen2.5-1.5b": (151_936, 1536)}[name]
+    model = Transformer(ModelConfig("llama", *shape, 64, 1, 1, 1, 8), dtype=jnp.bfloat16)
+    chunk = logprob_chunk(model, workspace)
+    positions, entries = packed_head_chunks(model.config, 2, chunk)
+    used = entries * shape[1] * 2 + positions * (entries * (4 + 2) + 8 * shape[1])
+    assert 0.6 * workspace * 1e6 < used <= workspace * 1e6
+    assert positions % 64 == entries % 128 == 0
 
 
 def test_dropout_is_drawn_from_its_key():
