@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dequantized, dispatch, reference, tuning
 from pallas_kernels.codes import PER_BYTE
-from pallas_kernels.rows import Rows
+from pallas_kernels.rows import Rows, joined
 
 
 def int4_matmul(
@@ -60,7 +60,7 @@ def int4_partial_sums(
     scales: Float[Array, "*L N K_g"],
     *,
     layer: Int[Array, ""] | int | None = None,
-    xa: Float[Array, "M R"] | None = None,
+    xa: Float[Array, "*P M R"] | None = None,
     lora_b: Float[Array, "*L N R"] | None = None,
     implementation: str | None = None,
     code: str = "int4",
@@ -68,10 +68,12 @@ def int4_partial_sums(
     """`int4_matmul` as the partial sums that the kernel leaves, for a consumer that adds them; not differentiable.
 
     float32 where the kernel splits K, else one part in the rows' dtype. Arguments and errors are those of `int4_matmul`,
-    except that `rows` may bring their permuted columns along: without them, an operation of their own permutes them.
+    except that `rows` may bring their permuted columns along (without them, an operation of its own permutes them) and that
+    `xa` may come as partial sums.
     """
     x = rows.plain
-    _check_shapes(x, packed, scales, layer, xa, lora_b, code)
+    parts = xa if xa is None or xa.ndim == 3 else xa[None]
+    _check_shapes(x, packed, scales, layer, None if parts is None else parts[0], lora_b, code)
     if rows.permuted is not None and rows.permuted.shape != x.shape:
         raise ValueError(f"int4_partial_sums: permuted rows must be {x.shape}, got {rows.permuted.shape}")
     layer = layer if layer is None or isinstance(layer, int) else jnp.asarray(layer, jnp.int32)
@@ -81,6 +83,7 @@ def int4_partial_sums(
 
         return partial_sums(x, rows.permuted, packed, scales, layer, xa, lora_b, x.dtype)
     b = None if lora_b is None else _lora_layer(lora_b, layer)
+    xa = None if parts is None else joined(parts, x.dtype)
     return _many_rows(chosen)(x, packed, scales, layer, xa, b, x.dtype, code)[None]
 
 

@@ -15,7 +15,8 @@ Three forms of the product (`tuning.Int4Config.product`):
   weight tile is read as [N/8, K/16, 8, 16] blocks, which lie free of bank conflicts.
 
 Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float32 partial sums are written, for XLA or for
-the consumer to add; the first split adds the LoRA product.
+the consumer to add. The first split adds the LoRA product; where xa = x @ A^T comes as partial sums too, the splits share
+them out, since each may add its own share of xa times B^T.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
@@ -89,6 +90,7 @@ def int4_matmul_kernel(
     GROUP: tl.constexpr,
     R: tl.constexpr,
     R_PAD: tl.constexpr,
+    XA_PARTS: tl.constexpr,
     B_STACKED: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -162,13 +164,20 @@ def int4_matmul_kernel(
             # iteration, which overwrites registers they still read (seen with Triton 3.6: wrong sums under load).
             acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
-    if R > 0 and split == 0:
+    if R > 0 and split < XA_PARTS:
         rank = tl.arange(0, R_PAD)
         if B_STACKED:
             b_ptr += layer * tl.full((), N * R, tl.int64)
         valid = (rank < R)[None, :]
         b = tl.load(b_ptr + safe_n[:, None] * R + rank[None, :], mask=valid, other=0.0).to(DTYPE)
-        xa = tl.load(xa_ptr + safe_m[:, None] * R + rank[None, :], mask=valid, other=0.0).to(DTYPE)
+        xa_ptrs = xa_ptr + safe_m[:, None] * R + rank[None, :]
+        if XA_PARTS == 1:
+            xa = tl.load(xa_ptrs, mask=valid, other=0.0).to(DTYPE)
+        else:
+            total = tl.zeros((BLOCK_M, R_PAD), tl.float32)
+            for part in tl.range(split, XA_PARTS, SPLIT_K):
+                total += tl.load(xa_ptrs + part * (M * R), mask=valid, other=0.0).to(tl.float32)
+            xa = total.to(DTYPE)
         acc = tl.dot(b, tl.trans(xa), acc) if SWAP else tl.dot(xa, tl.trans(b), acc)
 
     out_ptr += split * tl.full((), M * N, tl.int64)
@@ -180,7 +189,9 @@ def int4_matmul_kernel(
         tl.store(out_ptr + rows_m[:, None] * N + rows_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def kernel_constants(m: int, n: int, k: int, group: int, rank: int, config: tuning.Int4Config) -> dict:
+def kernel_constants(
+    m: int, n: int, k: int, group: int, rank: int, config: tuning.Int4Config, xa_parts: int = 1
+) -> dict:
     """The kernel's shape and block parameters, shared by the GPU launch and the interpreter's tests."""
     return {
         "M": m,
@@ -189,6 +200,7 @@ def kernel_constants(m: int, n: int, k: int, group: int, rank: int, config: tuni
         "GROUP": group,
         "R": rank,
         "R_PAD": max(16, triton.next_power_of_2(rank)) if rank else 0,
+        "XA_PARTS": xa_parts,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -216,13 +228,15 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.
 def partial_sums(x, permuted, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
     """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
 
-    `permuted` is x with permuted columns where the caller has it, `config` overrides the tuned blocks.
+    `permuted` is x with permuted columns where the caller has it, `config` overrides the tuned blocks; `xa` is one matrix
+    or, with a leading axis, partial sums.
     """
     from pallas_kernels.triton_launch import triton_call
 
     (m, k), n, group = x.shape, packed.shape[-2], reference.group_size(packed, scales)
     config = config or tuning.int4_config(m, n, k, group)
-    rank = 0 if xa is None else xa.shape[1]
+    rank = 0 if xa is None else xa.shape[-1]
+    xa_parts = xa.shape[0] if xa is not None and xa.ndim == 3 else 1
     if config.product == tuning.WGMMA:
         x = permute_columns(x) if permuted is None else permuted
     unused = scales  # a pointer that the kernel never follows
@@ -242,7 +256,7 @@ def partial_sums(x, permuted, packed, scales, layer, xa, lora_b, out_dtype, conf
         LAYER_IS_POINTER=isinstance(layer, jax.Array),
         PTX=True,
         DTYPE=_triton_type(x.dtype),
-        **kernel_constants(m, n, k, group, rank, config),
+        **kernel_constants(m, n, k, group, rank, config, xa_parts),
     )
 
 

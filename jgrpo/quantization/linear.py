@@ -59,17 +59,24 @@ def matmul_parts(
     if isinstance(weight, MixedWeight) or (adapter is not None and not isinstance(weight, PackedWeight)):
         return matmul(rows.plain, weight, layer, adapter)[None]
     if not isinstance(weight, PackedWeight):
-        stack, index = (weight[layer], None) if isinstance(weight, tuple) else (weight, layer)
-        return pallas_kernels.dense_partial_sums(rows.plain, stack, layer=index)
+        return _dense_parts(rows.plain, weight, layer)
     a, b = adapter if adapter is not None else (None, None)
-    xa = None if a is None else _project(rows.plain, a, layer)
     if weight.zeros is not None:
-        xa, b = _with_zeros(rows.plain, weight, layer, xa, b)
+        xa, b = _with_zeros(rows.plain, weight, layer, None if a is None else _project(rows.plain, a, layer), b)
         if xa.shape[-1] > EPILOGUE_RANK:
             return matmul(rows.plain, weight, layer, adapter)[None]
+    else:
+        xa = None if a is None else _dense_parts(rows.plain, a, layer)
     b = None if b is None else b.astype(rows.plain.dtype)
     how: dict[str, Any] = dict(layer=layer, xa=xa, lora_b=b, code=weight.code)
     return pallas_kernels.int4_partial_sums(rows, weight.packed, weight.scales, **how)
+
+
+def _dense_parts(x: Array, weight: Any, layer: Any) -> Array:
+    """Partial sums of x Wᵀ for an array that is one layer's, a stack, or one of a tuple."""
+    if isinstance(weight, tuple) or weight.ndim == 2:
+        return pallas_kernels.dense_partial_sums(x, _at(weight, layer))
+    return pallas_kernels.dense_partial_sums(x, weight, layer=layer)
 
 
 def reads_permuted(weight: Weight, layer: int | Int[Array, ""], rows: int, dtype: Any) -> bool:

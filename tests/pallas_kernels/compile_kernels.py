@@ -65,13 +65,14 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, config, capab
     return compiled.metadata.shared, int(stack[1])
 
 
-def int4_matmul(rows: int, capability: int) -> tuple[int, int]:
+def int4_matmul(rows: int, capability: int, rank: int = 32, xa_parts: int = 1) -> tuple[int, int]:
     """The heuristic's kernel for one product of an 8B model."""
     n, k, group = 6144, 4096, 64
     config = tuning.int4_heuristic(rows, n, k, group, hopper=capability >= 90)
     types = dict.fromkeys(("x_ptr", "scales_ptr", "xa_ptr", "b_ptr", "out_ptr"), "*bf16")
-    constants = int4_matmul_triton.kernel_constants(rows, n, k, group, 32, config)
+    constants = int4_matmul_triton.kernel_constants(rows, n, k, group, rank, config, xa_parts)
     constants |= {"B_STACKED": True, "LAYER_IS_POINTER": True, "PTX": True, "DTYPE": tl.bfloat16}
+    types |= {"xa_ptr": "*bf16" if xa_parts == 1 else "*fp32"}
     types |= {"packed_ptr": "*u8", "layer_ptr": "*i32"}
     return compile_kernel(int4_matmul_triton.int4_matmul_kernel, types, constants, config, capability)
 
@@ -174,6 +175,7 @@ if __name__ == "__main__":
         print(f"dequantize-sm_{target}", *dequantize(target), flush=True)
         for rows in (16, 64, 128):
             print(f"int4_matmul-{rows}-sm_{target}", *int4_matmul(rows, target), flush=True)
+            print(f"int4_matmul-{rows}-parts-sm_{target}", *int4_matmul(rows, target, 96, 6), flush=True)
         for head_dim in (64, 128, 256):
             print(f"decode_attention-{head_dim}-sm_{target}", *decode_attention(head_dim, target), flush=True)
         for head_dim in (64, 128):

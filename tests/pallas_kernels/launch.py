@@ -59,7 +59,8 @@ def int4_matmul(x, packed, scales, layer, xa, b, config: Int4Config, pointer: bo
     (m, k), n, group = x.shape, packed.shape[-2], 2 * packed.shape[-1] // scales.shape[-1]
     x = permuted(x) if config.product == WGMMA else x
     packed, scales = (torch.as_tensor(array).to(DEVICE) for array in (packed, scales))
-    rank = 0 if xa is None else xa.shape[1]
+    rank = 0 if xa is None else xa.shape[-1]
+    xa_parts = 1 if xa is None or xa.ndim == 2 else xa.shape[0]
     out = poisoned(config.split_k, m, n)
     int4_matmul_triton.int4_matmul_kernel[int4_matmul_triton.grid(m, n, config)](
         x,
@@ -75,7 +76,7 @@ def int4_matmul(x, packed, scales, layer, xa, b, config: Int4Config, pointer: bo
         DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")),
         num_warps=config.warps,
         num_stages=config.stages,
-        **int4_matmul_triton.kernel_constants(m, n, k, group, rank, config),
+        **int4_matmul_triton.kernel_constants(m, n, k, group, rank, config, xa_parts),
     )
     return out.sum(0).cpu().numpy()
 

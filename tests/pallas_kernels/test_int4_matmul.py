@@ -79,6 +79,10 @@ def test_partial_sums_of_the_reference_are_the_product(traced):
     parts, want = jax.jit(run)(1) if traced else run(1)
     assert parts.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.float32(parts), np.float32(want)[None])
+    noise = jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32)
+    xa_parts = jnp.concatenate([noise, xa - noise.sum(0, keepdims=True)])
+    split = int4_partial_sums(Rows(x), packed, scales, layer=1, xa=xa_parts, lora_b=b)
+    assert relative_error(split, parts) < 3e-3
 
 
 def test_only_the_wgmma_form_reads_permuted_columns(monkeypatch):

@@ -65,6 +65,19 @@ def test_int4_matmul_adds_the_adapter_of_the_layer(pointer, stacked, split_k, pr
         assert relative_error(out, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("product", [MMA, MMA_SWAPPED, WGMMA])
+@pytest.mark.parametrize(("split_k", "xa_parts"), [(1, 3), (2, 5), (3, 2)])
+def test_int4_matmul_adds_partial_sums_of_the_adapter(split_k, xa_parts, product):
+    """Splits share the parts out, also where there are fewer of them than splits."""
+    rng, dtype = np.random.default_rng(split_k), DTYPES[-1]
+    packed, scales, weight = random_int4(rng, 20, 192, 32, layers=(3,))
+    x, xa = rounded(rng.normal(size=(5, 192)), dtype), rounded(rng.normal(size=(xa_parts, 5, 12)), "float32")
+    b = rounded(rng.normal(size=(3, 20, 12)), dtype)
+    out = launch.int4_matmul(x, packed, scales, 2, xa, b, int4_blocks(product=product, split_k=split_k))
+    want = float64(x) @ weight[2].T + float64(xa).sum(0) @ float64(b[2]).T
+    assert relative_error(out, want) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("group", [32, 64])
 def test_int4_matmul_with_bfloat16_scales(group):
     rng, dtype = np.random.default_rng(9), DTYPES[0]

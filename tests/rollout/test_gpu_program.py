@@ -21,7 +21,8 @@ CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads
 MATRICES = {int(np.prod(shape)) for shape in built.matrix_shapes(built.CONFIG).values()}
 OUTSIDE_OF_LAYERS = 17
 """Kernels of a step beside its layers': head, draw, record, embedding, angles, counters (docs/benchmarks.md)."""
-OF_A_MERGED_LAYER = 10
+OF_A_LAYER = {"bf16": 10, "int4": 15}
+"""With a merged copy; with an int4 base and adapter, four products more and a permutation of columns."""
 
 
 @pytest.fixture(scope="module", params=["int4", "bf16"])
@@ -55,7 +56,7 @@ def test_a_step_dequantizes_no_matrix(compiled: tuple[str, str]) -> None:
     """Nor does it make any other array of a matrix's size."""
     kernels = ("fusion", "custom-call", "convert", "copy", "transpose")
     made = [(line, size) for name in kernels for line, _, size in instructions(step(compiled[1]), named=name)]
-    assert len(made) > built.LAYERS * OF_A_MERGED_LAYER
+    assert len(made) > built.LAYERS * min(OF_A_LAYER.values())
     assert [line for line, size in made if size in MATRICES] == []
 
 
@@ -69,5 +70,4 @@ def test_kernels_of_a_step(compiled: tuple[str, str]) -> None:
     weights, program = compiled
     made = re.findall(r"^\s+(?:ROOT )?%\S+ = .*? (fusion|custom-call|copy|sort|reduce)\(", step(program), flags=re.M)
     assert "sort" not in made
-    if weights == "bf16":
-        assert len(made) <= OUTSIDE_OF_LAYERS + OF_A_MERGED_LAYER * built.LAYERS
+    assert len(made) <= OUTSIDE_OF_LAYERS + OF_A_LAYER[weights] * built.LAYERS
