@@ -1,8 +1,8 @@
 """Time, throughput and peak memory of a GRPO step of a model of real shape with random weights.
 
     PYTHONPATH=. python scripts/bench_step.py --preset qwen2.5-1.5b
-    PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.049 python scripts/bench_step.py --preset llama-3.1-8b --prompts 2 \
-        --microbatch-size 2 --kv-cache int8 --int4-embeddings --memory-analysis   # an 8 GB card's 7.4 GB of an H200
+    PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.049 python scripts/bench_step.py --preset llama-3.1-8b --int4-embeddings \
+        --prompts-at-once 2 --microbatch-size 2 --phases step --peak-breakdown   # an 8 GB card's 7.4 GB of an H200
     PYTHONPATH=. python scripts/bench_step.py --preset llama-3.1-8b --microbatch-size 4 --offload --steps 5
     PYTHONPATH=. python scripts/bench_step.py --lengths lognormal --length-buckets 1 2 4 8 --phases update
     PYTHONPATH=. python scripts/bench_step.py --lengths lognormal --track-memory --steps 50
@@ -83,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--track-memory", action="store_true", help="memory and compilations after each of the steps")
     parser.add_argument("--profile", action="store_true", help="kernel table of one more run of each phase")
     parser.add_argument("--memory-analysis", action="store_true", help="also what XLA and jgrpo.plan say")
+    parser.add_argument("--peak-breakdown", action="store_true", help="what is alive at the peak, by plan and compiler")
     parser.add_argument("--peak-tflops", type=float, help="for the utilisation; default: by the device's name")
     return parser.parse_args()
 
@@ -187,6 +188,20 @@ class Bench:
         plan = plan_memory(self.config, self.model_config, self.args.dtype, self.args.prompt_length, cudnn=half)
         parts = dataclasses.asdict(plan)
         return {**parts, "resident": plan.resident, "rollout": plan.rollout, "update": plan.update, "total": plan.total}
+
+    def peak_breakdown(self) -> dict:
+        """What the plan says is alive at the peak, largest first, beside the update's compiled figures and the measured peak."""
+        half = self.args.dtype == "bfloat16" and jax.default_backend() == "gpu"
+        plan = plan_memory(self.config, self.model_config, self.args.dtype, self.args.prompt_length, cudnn=half)
+        compiled = self.planned_memory()
+        return {
+            "half": "update" if plan.update >= plan.rollout else "rollout",
+            "alive_bytes": dict(sorted(plan.alive().items(), key=lambda item: -item[1])),
+            "planned_bytes": plan.total,
+            "planned_update_bytes": plan.resident + plan.update,
+            "compiled_update_bytes": compiled["argument_bytes"] + compiled["temp_bytes"],
+            **memory(),
+        }
 
     def set_buckets(self, buckets: int | None) -> None:
         """Sizes that the update packs into."""
@@ -304,7 +319,8 @@ def utilisation(bench: Bench, phase: str, seconds: float) -> dict:
 
 def memory() -> dict:
     stats = jax.devices()[0].memory_stats() or {}
-    return {"peak_bytes": stats.get("peak_bytes_in_use"), "in_use_bytes": stats.get("bytes_in_use")}
+    names = {"peak_bytes": "peak_bytes_in_use", "in_use_bytes": "bytes_in_use", "limit_bytes": "bytes_limit"}
+    return {name: stats.get(key) for name, key in names.items()}
 
 
 def main() -> None:
@@ -315,7 +331,7 @@ def main() -> None:
     setting = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("phases", "peak_tflops", "memory_analysis", "profile", "track_memory")
+        if name not in ("phases", "peak_tflops", "memory_analysis", "profile", "track_memory", "peak_breakdown")
     }
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "base_bytes": base_bytes, **setting}
     print(json.dumps({"phase": "setup", **about, **memory()}), flush=True)
@@ -334,6 +350,8 @@ def main() -> None:
     if args.memory_analysis:
         print(json.dumps({"phase": "prediction", **bench.predicted_memory(), "preset": args.preset}), flush=True)
         print(json.dumps({"phase": "plan", **bench.planned_memory(), "preset": args.preset}), flush=True)
+    if args.peak_breakdown:
+        print(json.dumps({"phase": "peak", **bench.peak_breakdown(), "preset": args.preset}), flush=True)
     gap = float(bench.metrics["sampling/sampling_logp_difference/mean"]) if hasattr(bench, "metrics") else None
     print(json.dumps({"phase": "check", "sampler_trainer_gap": gap, "preset": args.preset}), flush=True)
 

@@ -146,6 +146,16 @@ def test_measured_on_an_h200(tmp_path):
     assert plan.total == pytest.approx(3.33e9, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {"logprob_workspace": 500.0}, {"max_completion_length": 8192, "microbatch_size": 1}]
+)
+def test_what_is_alive_at_the_peak_adds_up_to_it(values):
+    plan = plan_memory(config(**values), SHAPE, jnp.bfloat16, PROMPT, cudnn=True)
+    assert sum(plan.alive().values()) == plan.total
+    assert ("kv_cache" in plan.alive()) == (plan.rollout > plan.update)
+    assert ("logprobs" in plan.alive()) == (plan.update >= plan.rollout and plan.logprobs > plan.layer)
+
+
 def test_offload_moves_the_layer_inputs_to_the_host():
     kept, moved = (
         plan_memory(config(offload=offload), SHAPE, jnp.float32, PROMPT, cudnn=False) for offload in (False, True)

@@ -91,6 +91,15 @@ class MemoryPlan:
         """Peak of a step."""
         return self.resident + max(self.rollout, self.update)
 
+    def alive(self) -> dict[str, int]:
+        """What exists at the peak, by the names of the fields: the terms that `total` adds up."""
+        names = ["base", "adapter", "optimizer", "runtime"]
+        if self.update >= self.rollout:
+            names += ["gradients", "layer_inputs", "layer" if self.layer >= self.logprobs else "logprobs"]
+        else:
+            names += ["kv_cache", "prefill" if self.prefill > self.sampling else "sampling"]
+        return {name: getattr(self, name) for name in names}
+
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) in the order of the table."""
         peak = "update" if self.update >= self.rollout else "rollout"
