@@ -20,7 +20,8 @@ from jgrpo.models import KVCache, ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Rollout
 from jgrpo.settings import flatten
-from jgrpo.training import Batch, TrainState, grpo_step
+from jgrpo.training import Batch, TrainState
+from jgrpo.training.algorithms import ALGORITHMS
 from jgrpo.training.fitting import alternatives, best_fit, check_memory, parse_bytes, refusal, setting_flags
 from jgrpo.training.memory import plan_memory
 from tests.training.setup import cached_optimizer, settings
@@ -58,7 +59,13 @@ def compiled(config):
     if not config.quantization.skip_modules:
         base["embed"] = _packed(base["embed"], "down", config)
     lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), config.lora, SHAPE))
-    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer, jax.random.key(1)), lora)
+    algorithm = ALGORITHMS[config.algorithm.algorithm]
+    critic = jax.eval_shape(lambda: (algorithm.init_critic or (lambda *_: {}))(jax.random.key(2), config.lora, SHAPE))
+    state = jax.eval_shape(
+        lambda *trained: TrainState.create(trained[0], optimizer, jax.random.key(1), trained[1]), lora, critic
+    )
+    if config.algorithm.reference_sync_steps:
+        state = state.replace(reference=lora)
     per_token, per_row = (questions, group, length), (questions, group)
     rollout = Rollout(
         prompt_tokens=shape((questions, PROMPT), jnp.int32),
@@ -73,7 +80,7 @@ def compiled(config):
     batch = Batch(rollout=rollout, rewards=shape(per_row, jnp.float32), advantages=shape(per_row, jnp.float32))
     model = Transformer(SHAPE, config.lora)
     how = dict(model=model, optimizer=optimizer, config=config)
-    return grpo_step.lower(state, base, batch, **how).compile().memory_analysis()
+    return algorithm.step.lower(state, base, batch, **how).compile().memory_analysis()
 
 
 def _lengths(config):
@@ -98,8 +105,26 @@ def _packed(leaf, name, config):
         {"target_modules": LINEAR_MODULES, "lora_rank": 64},
         {"target_modules": LINEAR_MODULES, "lora_rank": 64, "optimizer_bits": 8},
         {"skip_modules": (), "logprob_workspace": 60.0, "microbatch_size": 16},
+        {"algorithm": "ppo", "lora_rank": 64},
+        {"algorithm": "ppo", "num_iterations": 2, "beta": 0.1},
+        {"algorithm": "online_dpo", "microbatch_size": 8},
+        {"algorithm": "online_dpo", "microbatch_size": 2, "prompts_per_step": 6},
+        {"beta": 0.1, "reference_sync_steps": 5, "lora_rank": 64},
     ],
-    ids=["shared prompt", "separate rows", "no remat", "large batch", "large adapter", "8-bit moments", "packed head"],
+    ids=[
+        "shared prompt",
+        "separate rows",
+        "no remat",
+        "large batch",
+        "large adapter",
+        "8-bit moments",
+        "packed head",
+        "ppo",
+        "ppo off policy",
+        "dpo",
+        "dpo, a pair",
+        "reference",
+    ],
 )
 def test_plan_is_what_xla_plans(values):
     chosen = config(**values)

@@ -11,6 +11,9 @@ those of its attention rows, and W = (H + 2K)·Hd:
 
 - optimizer: AdamW's two moments, float32 or 8 bits (`jgrpo.training.adam8bit`); gradients: the sum over microbatches and the
   microbatch's own, float32.
+- PPO's critic is an adapter and a head that are trained like the policy's: adapter, optimizer and gradients twice, and twice the
+  layer inputs, since both forwards of a microbatch come before its backwards. Online DPO's rows are pairs, two to a prompt. A
+  reference adapter (`reference_adapter`, `reference_sync_steps`) is one more adapter; a reference forward needs no more than a layer.
 - layer inputs: L·S·D·b, which remat keeps; on the host with `offload`, where two stay on the device in passing.
 - layer: the largest moment of one layer's backward. In the MLP: gate, up, their product, and the gradients of all three, 6·F a
   position, beside what the layer recomputed before (7·D, W, H·Hd a position, W + 2·H·Hd an attention row). In attention: its
@@ -46,6 +49,7 @@ from jgrpo.models.attention import QUERY_BLOCK
 from jgrpo.rollout.weights import at_once, cache_bytes, fused_bytes, matrix_shapes, merged_bytes
 from jgrpo.training.adam8bit import state_bytes
 from jgrpo.training.forward import logprob_chunk, packed_head_chunks
+from jgrpo.training.preference import CHOSEN_THEN_REJECTED, largest_divisor
 from pallas_kernels.reference import row_block
 
 RUNTIME_BYTES = 80_000_000
@@ -107,7 +111,7 @@ class MemoryPlan:
         on_host = f", {self.host / 1e9:.2f} GB on the host" if self.host else ""
         return [
             ("base", self.base, "frozen weights"),
-            ("adapter", self.adapter, "LoRA, float32"),
+            ("adapter", self.adapter, "LoRA, float32; a critic's and a reference's too"),
             ("optimizer", self.optimizer, "AdamW's moments"),
             ("runtime", self.runtime, "workspaces of the libraries"),
             ("KV cache", self.kv_cache, "rollout"),
@@ -132,7 +136,8 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
         cudnn: whether attention is cuDNN's, as on a GPU in 16 bits.
     """
     model = Transformer(shape, config.lora, dtype)
-    adapter = adapter_bytes(config, shape)
+    trained = trained_sizes(config, shape)
+    forwards = 2 if config.algorithm.algorithm == "ppo" else 1
     layer_inputs, kept, peak = _activations(config, shape, jnp.dtype(dtype).itemsize, prompt_width, cudnn)
     offloaded = config.training.offload and config.training.remat
     layers = shape.num_layers
@@ -142,17 +147,17 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
     wide = 3 * (shape.hidden_size + shape.intermediate_size) * jnp.dtype(dtype).itemsize
     return MemoryPlan(
         base=base_bytes(config, shape, dtype),
-        adapter=adapter,
-        optimizer=state_bytes(adapter_sizes(config, shape), config.optimizer.optimizer_bits),
+        adapter=4 * sum(trained) + reference_bytes(config, shape),
+        optimizer=state_bytes(trained, config.optimizer.optimizer_bits),
         runtime=RUNTIME_BYTES if cudnn else 0,
         kv_cache=cache_bytes(model, config.rollout, (config.training.prompts_per_step, prompt_width)),
         prefill=prompts * prompt_width * wide + _dequantized(shape, jnp.dtype(dtype).itemsize),
         sampling=2 * rows * shape.vocab_size * 4 + decoding,
-        gradients=2 * adapter,
-        layer_inputs=(2 if offloaded else layers) * layer_inputs + layers * kept,
+        gradients=2 * 4 * sum(trained),
+        layer_inputs=forwards * ((2 if offloaded else layers) * layer_inputs + layers * kept),
         layer=peak,
         logprobs=_logprob_bytes(config, model),
-        host=layers * layer_inputs if offloaded else 0,
+        host=forwards * layers * layer_inputs if offloaded else 0,
     )
 
 
@@ -174,9 +179,27 @@ def _base_bytes(quantization: QuantizationConfig, shape: ModelConfig, item: int)
     return round(total * (1 + quantization.dynamic_budget)) if quantization.quantization == "dynamic" else total
 
 
-def adapter_bytes(config: TrainConfig, shape: ModelConfig) -> int:
-    """Bytes of the adapter in float32."""
-    return 4 * sum(adapter_sizes(config, shape))
+def trained_sizes(config: TrainConfig, shape: ModelConfig) -> list[int]:
+    """Elements of each leaf that is trained: the adapter's, and PPO's critic's, which is an adapter and a linear head."""
+    adapter = adapter_sizes(config, shape)
+    return [*adapter, *adapter, shape.hidden_size, 1] if config.algorithm.algorithm == "ppo" else adapter
+
+
+def reference_bytes(config: TrainConfig, shape: ModelConfig) -> int:
+    """Bytes of a reference policy's own adapter; one that is loaded is taken for one of the trained adapter's rank."""
+    algorithm = config.algorithm
+    has_one = algorithm.reference_adapter is not None or algorithm.reference_sync_steps > 0
+    return 4 * sum(adapter_sizes(config, shape)) if has_one else 0
+
+
+def microbatch(config: TrainConfig) -> tuple[int, int]:
+    """(rows B of a microbatch, rows that a prompt is computed for); pairs of completions in online DPO, as many as it holds."""
+    batch, group = config.training.microbatch_size, config.rollout.num_generations
+    if config.algorithm.algorithm == "online_dpo":
+        questions = config.training.prompts_per_step // config.algorithm.num_minibatches
+        group = CHOSEN_THEN_REJECTED
+        batch = group * largest_divisor(questions, batch // group)
+    return batch, gcd(batch, group) if config.training.share_prompt else 1
 
 
 def adapter_sizes(config: TrainConfig, shape: ModelConfig) -> list[int]:
@@ -190,8 +213,7 @@ def _activations(
     config: TrainConfig, shape: ModelConfig, item: int, prompt_width: int, cudnn: bool
 ) -> tuple[int, int, int]:
     """(input of one layer, the products it keeps without remat, the peak of its backward) of one microbatch, in bytes."""
-    batch, length = config.training.microbatch_size, config.rollout.max_completion_length
-    group = gcd(batch, config.rollout.num_generations) if config.training.share_prompt else 1
+    (batch, group), length = microbatch(config), config.rollout.max_completion_length
     positions = batch // group * prompt_width + batch * length
     rows = batch * (prompt_width + length)
     width, mlp, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
@@ -215,7 +237,7 @@ def _dequantized(shape: ModelConfig, item: int) -> int:
 
 def _logprob_bytes(config: TrainConfig, model: Transformer) -> int:
     item = jnp.dtype(model.dtype).itemsize
-    completion = config.training.microbatch_size * config.rollout.max_completion_length
+    completion = microbatch(config)[0] * config.rollout.max_completion_length
     chunk, width = logprob_chunk(model, config.training.logprob_workspace), model.config.hidden_size
     states = 2 * completion * width * item
     head = ("embed",) if model.config.tie_embeddings else ("head",)
