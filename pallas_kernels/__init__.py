@@ -9,7 +9,7 @@ Operations on layers take the stack of all layers and a layer index: a slice in 
 
 from pallas_kernels.add_rms_norm import add_rms_norm, rms_norm
 from pallas_kernels.codes import NF4, dequantize
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import decode_attention, decode_attention_rows
 from pallas_kernels.dense_matmul import dense_partial_sums
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.int4_matmul import int4_matmul, int4_partial_sums, reads_permuted
@@ -23,6 +23,7 @@ __all__ = [
     "Rows",
     "add_rms_norm",
     "decode_attention",
+    "decode_attention_rows",
     "dense_partial_sums",
     "dequantize",
     "gated_activation",

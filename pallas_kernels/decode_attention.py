@@ -4,12 +4,13 @@ The rows of a group share their prompt's keys and values, so a kernel reads them
 G * H/K rows. The softmax runs over prompt and suffix together; where they are computed apart they are merged in float32.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import cache_codes, dispatch, reference
+from pallas_kernels.rows import Rows, as_rows
 
 Scales: TypeAlias = tuple[
     Float[Array, "L Q K P"], Float[Array, "L Q K P"], Float[Array, "L Q G K C"], Float[Array, "L Q G K C"]
@@ -48,8 +49,38 @@ def decode_attention(
     Raises:
       ValueError: shapes do not fit, or the named implementation cannot run here.
     """
+    how: dict[str, Any] = dict(
+        layer=layer, scale=scale, window=window, softcap=softcap, scales=scales, implementation=implementation
+    )
+    caches = (prompt_k, prompt_v, prompt_lengths, k, v)
+    return decode_attention_rows(q, *caches, length, permuted=False, **how).plain.reshape(q.shape)
+
+
+def decode_attention_rows(
+    q: Float[Array, "Q G H Hd"],
+    prompt_k: Float[Array, "L Q K P Hd"],
+    prompt_v: Float[Array, "L Q K P Hd"],
+    prompt_lengths: Int[Array, "Q"],
+    k: Float[Array, "L Q G K C Hd"],
+    v: Float[Array, "L Q G K C Hd"],
+    length: Int[Array, ""] | int,
+    *,
+    permuted: bool,
+    layer: Any,
+    scale: float,
+    window: Any = None,
+    softcap: float | None = None,
+    scales: Scales | None = None,
+    implementation: str | None = None,
+) -> Rows:
+    """`decode_attention` as rows `[Q·G, H·Hd]` of the next product, with permuted columns if asked for.
+
+    The other arguments and errors are those of `decode_attention`; permuted columns want a head_dim that divides by 16.
+    """
     _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v)
     _check_scales((prompt_k, prompt_v, k, v), scales)
+    if permuted and q.shape[-1] % 16:
+        raise ValueError(f"decode_attention: permuted columns come in sixteens, a head has {q.shape[-1]}")
     layer, length = (i if isinstance(i, int) else jnp.asarray(i, jnp.int32) for i in (layer, length))
     device, head_dim = dispatch.current_device(), q.shape[-1]
     static_window = window is None or isinstance(window, int)
@@ -62,10 +93,11 @@ def decode_attention(
     if chosen == dispatch.TRITON:
         from pallas_kernels.decode_attention_triton import decode_attention as fused
 
-        return fused(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, scales)
-    return reference.decode_attention(
+        return fused(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, scales, permuted)
+    out = reference.decode_attention(
         q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, softcap, scales
     )
+    return as_rows(out.reshape(out.shape[0] * out.shape[1], -1), permuted)
 
 
 def _check_scales(caches, scales) -> None:

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import tuning
+from pallas_kernels.add_rms_norm_triton import permuted_column
+from pallas_kernels.rows import Rows
 
 _LOG2_E = 1.4426950408889634
 
@@ -266,6 +268,7 @@ def whole_attention_kernel(
     k_scale_ptr,
     v_scale_ptr,
     out_ptr,
+    permuted_ptr,
     scale_log2: tl.constexpr,
     Q: tl.constexpr,
     G: tl.constexpr,
@@ -280,8 +283,9 @@ def whole_attention_kernel(
     LENGTH_IS_POINTER: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    PERMUTED: tl.constexpr,
 ):
-    """out[Q*G*H, D]; programs (tile of query heads, kv head, generation) over prompt and suffix, one after the other."""
+    """out[Q*G*H, D] and, if PERMUTED, the same with permuted columns; programs (tile of query heads, kv head, generation) over prompt and suffix, one after the other."""
     SHARE: tl.constexpr = H // KV
     TILES: tl.constexpr = (SHARE + 15) // 16
     layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
@@ -320,11 +324,23 @@ def whole_attention_kernel(
     first_weight, second_weight = tl.exp2(first - highest), tl.exp2(second - highest)
     total = first_sum * first_weight + second_sum * second_weight
     out = (first_values * first_weight[:, None] + second_values * second_weight[:, None]) / total[:, None]
-    tl.store(out_ptr + query[:, None] * D + depth[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + query[:, None] * D + depth[None, :], out, mask=valid[:, None])
+    if PERMUTED:
+        tl.store(permuted_ptr + query[:, None] * D + permuted_column(depth)[None, :], out, mask=valid[:, None])
 
 
 @triton.jit
-def merge_kernel(stats_ptr, values_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr):
+def merge_kernel(
+    stats_ptr,
+    values_ptr,
+    out_ptr,
+    permuted_ptr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
     """out[row] = sum_s 2^(max_s - max) values_s / sum_s 2^(max_s - max) sum_s; one program a row."""
     row = tl.program_id(0)
     split = tl.arange(0, SPLITS_PAD)
@@ -336,7 +352,10 @@ def merge_kernel(stats_ptr, values_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.con
     values = tl.load(values_ptr + slot[:, None] * D + depth[None, :], mask=seen[:, None], other=0.0)
     weights = tl.exp2(highest - tl.max(highest, axis=0))
     out = tl.sum(values * weights[:, None], axis=0) / tl.sum(total * weights, axis=0)
-    tl.store(out_ptr + row * D + depth, out.to(out_ptr.dtype.element_ty))
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * D + depth, out)
+    if PERMUTED:
+        tl.store(permuted_ptr + row * D + permuted_column(depth), out)
 
 
 def kernel_constants(
@@ -390,9 +409,10 @@ def decode_attention(
     scale,
     window,
     scales=None,
+    permuted: bool = False,
     config: tuning.AttentionConfig | None = None,
-):
-    """Launch the kernel, or the two; the arguments are those of `pallas_kernels.decode_attention`."""
+) -> Rows:
+    """Launch the kernel, or the two; the arguments are those of `pallas_kernels.decode_attention_rows`."""
     from pallas_kernels.triton_launch import triton_call
 
     questions, generations, heads, head_dim = q.shape
@@ -401,12 +421,13 @@ def decode_attention(
     config = config or tuning.attention_config(*sizes)
     constants = kernel_constants(q, prompt_k, k, scale, window, config, coded=scales is not None)
     rows, splits = questions * generations * heads, config.prompt_splits + config.suffix_splits
-    result = jax.ShapeDtypeStruct((rows, head_dim), q.dtype)
+    result = jax.ShapeDtypeStruct((questions * generations, heads * head_dim), q.dtype)
+    results = [result, result if permuted else jax.ShapeDtypeStruct((16,), q.dtype)]
     parts = [
         jax.ShapeDtypeStruct((rows, splits, 2), jnp.float32),
         jax.ShapeDtypeStruct((rows, splits, head_dim), jnp.float32),
     ]
-    attended = triton_call(
+    out = triton_call(
         q,
         prompt_k,
         prompt_v,
@@ -417,24 +438,25 @@ def decode_attention(
         layer,
         *(scales or (prompt_lengths,) * 4),  # pointers that the kernel doesn't follow
         kernel=decode_attention_kernel if config.prompt_splits else whole_attention_kernel,
-        out_shape=parts if config.prompt_splits else result,
+        out_shape=parts if config.prompt_splits else results,
         grid=grid(constants),
         num_warps=config.warps,
         num_stages=config.stages,
         LAYER_IS_POINTER=isinstance(layer, jax.Array),
         LENGTH_IS_POINTER=isinstance(length, jax.Array),
         **constants,
+        **({} if config.prompt_splits else {"PERMUTED": permuted}),
     )
-    if not config.prompt_splits:
-        return attended.reshape(q.shape)
-    out = triton_call(
-        *attended,
-        kernel=merge_kernel,
-        out_shape=result,
-        grid=(rows,),
-        num_warps=1,
-        D=head_dim,
-        SPLITS=splits,
-        SPLITS_PAD=triton.next_power_of_2(splits),
-    )
-    return out.reshape(q.shape)
+    if config.prompt_splits:
+        out = triton_call(
+            *out,
+            kernel=merge_kernel,
+            out_shape=results,
+            grid=(rows,),
+            num_warps=1,
+            D=head_dim,
+            SPLITS=splits,
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            PERMUTED=permuted,
+        )
+    return Rows(out[0], out[1] if permuted else None)

@@ -207,7 +207,7 @@ def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: A
     like = {"q": (q, g, h, depth), "prompt_k": (1, q, kv, prompt, depth), "k": (1, q, g, kv, suffix, depth)}
     empty = [torch.empty(shape, device="meta") for shape in like.values()]
     half, whole, wide = torch.bfloat16, torch.int32, torch.float32
-    outputs = [wide, wide] if config.prompt_splits else [half]
+    outputs = [wide, wide] if config.prompt_splits else [half, half]
     attention_kernel(config).warmup(
         *[half, half, half, whole, half, half, whole, whole],
         *[wide] * 4,  # of a cache without codes: pointers that the kernel doesn't follow
@@ -218,6 +218,7 @@ def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: A
         num_warps=config.warps,
         num_stages=config.stages,
         **decode_attention_triton.kernel_constants(*empty, depth**-0.5, None, config),
+        **({} if config.prompt_splits else {"PERMUTED": False}),
     )
 
 
@@ -232,19 +233,18 @@ def attention_launch(inputs: dict, buffers, config: AttentionConfig, layer: int)
         *(inputs[name] for name in names),
         inputs["index"][layer],
         *(stats,) * 4,
-        *((stats, values) if config.prompt_splits else (out,)),
+        *((stats, values) if config.prompt_splits else (out, out)),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
+        **({} if config.prompt_splits else {"PERMUTED": False}),
     )
     if config.prompt_splits:
         rows, splits = stats.shape[:2]
-        padded = triton.next_power_of_2(splits)
-        decode_attention_triton.merge_kernel[(rows,)](
-            stats, values, out, D=values.shape[-1], SPLITS=splits, SPLITS_PAD=padded, num_warps=1
-        )
+        sizes = dict(D=values.shape[-1], SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PERMUTED=False)
+        decode_attention_triton.merge_kernel[(rows,)](stats, values, out, out, num_warps=1, **sizes)
 
 
 def attention_buffers(inputs: dict, config: AttentionConfig):

@@ -38,11 +38,14 @@ class DecodeLayers:
         index: int | Array,
         residual: Float[Array, "M D"],
         rows: Rows,
-        attend: Callable[[Float[Array, "S M N"]], tuple[Float[Array, "M K"], Any]],
+        attend: Callable[[Float[Array, "S M N"], bool], tuple[Rows, Any]],
     ) -> tuple[Float[Array, "M D"], Rows, Any]:
-        """(residual, its rows normed for what follows, whatever `attend` keeps); `attend` takes qkv without its bias."""
-        attended, kept = attend(self._product("qkv", index, rows))
-        out = self._product("out", index, Rows(attended))
+        """(residual, its rows normed for what follows, whatever `attend` keeps).
+
+        `attend` takes the partial sums of qkv, without its bias, and whether to permute the columns of its result.
+        """
+        attended, kept = attend(self._product("qkv", index, rows), self._permuted("out", index, residual))
+        out = self._product("out", index, attended)
         permuted = self._permuted("gate_up", index, residual)
         residual, rows = self._add(residual, "out", out, self.weights["post_norm"], index, permuted)
 

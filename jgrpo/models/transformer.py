@@ -183,9 +183,9 @@ class Transformer(nn.Module):
         def body(layer: int | Array, carry: tuple[Array, Rows, KVCache]) -> tuple[Array, Rows, KVCache]:
             residual, rows, cache = carry
 
-            def attend(qkv: Array) -> tuple[Array, KVCache]:
+            def attend(qkv: Array, permuted: bool) -> tuple[Rows, KVCache]:
                 q, written = write(qkv, cache, layer)
-                out = pallas_kernels.decode_attention(
+                out = pallas_kernels.decode_attention_rows(
                     q,
                     written.prompt_k,
                     written.prompt_v,
@@ -198,8 +198,9 @@ class Transformer(nn.Module):
                     window=self._window(layer),
                     softcap=self.config.attention_softcap,
                     scales=written.all_scales,
+                    permuted=permuted,
                 )
-                return out.reshape(residual.shape[0], -1), written
+                return out, written
 
             return layers.layer(layer, residual, rows, attend)
 

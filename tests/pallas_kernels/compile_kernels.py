@@ -100,11 +100,13 @@ def whole_attention(head_dim: int, capability: int) -> tuple[int, int]:
         ShapeDtypeStruct(shape, "bfloat16") for shape in [(2, 8, 2, 256, head_dim), (2, 8, 8, 2, 512, head_dim)]
     )
     config = tuning.AttentionConfig(64, 16, 1, 0, warps=4, stages=3)
-    types = dict.fromkeys(("q_ptr", "prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    types = dict.fromkeys(
+        ("q_ptr", "prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr", "out_ptr", "permuted_ptr"), "*bf16"
+    )
     types |= dict.fromkeys(("prompt_k_scale_ptr", "prompt_v_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("prompt_lengths_ptr", "length_ptr", "layer_ptr"), "*i32")
     constants = decode_attention_triton.kernel_constants(q, prompt, suffix, 0.1, 100, config)
-    constants |= {"LAYER_IS_POINTER": True, "LENGTH_IS_POINTER": True}
+    constants |= {"LAYER_IS_POINTER": True, "LENGTH_IS_POINTER": True, "PERMUTED": True}
     return compile_kernel(decode_attention_triton.whole_attention_kernel, types, constants, config, capability)
 
 

@@ -126,7 +126,8 @@ def decode_attention(
     constants = decode_attention_triton.kernel_constants(q, prompt_k, k, scale, window, config, scales is not None)
     rows, depth = int(np.prod(q.shape[:3])), q.shape[-1]
     splits = config.prompt_splits + config.suffix_splits
-    stats, values, out = poisoned(rows, splits, 2), poisoned(rows, splits, depth), poisoned(rows, depth)
+    stats, values = poisoned(rows, splits, 2), poisoned(rows, splits, depth)
+    out, reordered = poisoned(rows, depth), poisoned(rows, depth)
     whole = config.prompt_splits == 0
     triton_kernels = decode_attention_triton
     kernel = triton_kernels.whole_attention_kernel if whole else triton_kernels.decode_attention_kernel
@@ -140,16 +141,18 @@ def decode_attention(
         scalar(length),
         scalar(layer),
         *(scales or (stats,) * 4),
-        *([out] if whole else [stats, values]),
+        *([out, reordered] if whole else [stats, values]),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
+        **({"PERMUTED": True} if whole else {}),
     )
     if not whole:
-        padded = 1 << (splits - 1).bit_length()
-        triton_kernels.merge_kernel[(rows,)](stats, values, out, D=depth, SPLITS=splits, SPLITS_PAD=padded)
+        sizes = dict(D=depth, SPLITS=splits, SPLITS_PAD=1 << (splits - 1).bit_length(), PERMUTED=True)
+        triton_kernels.merge_kernel[(rows,)](stats, values, out, reordered, **sizes)
+    assert torch.equal(reordered, permuted(out))
     return out.cpu().numpy().reshape(q.shape)
 
 

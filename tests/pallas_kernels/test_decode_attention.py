@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention
+from pallas_kernels import decode_attention, decode_attention_rows
 from tests.pallas_kernels.oracles import attention, relative_error
+from tests.pallas_kernels.test_add_rms_norm import permuted
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}
 
@@ -39,6 +40,18 @@ def test_head_layouts(heads, kv_heads):
     case = random_case(np.random.default_rng(heads), jnp.float32, heads=heads, kv_heads=kv_heads)
     out = decode_attention(*case, 3, layer=0, scale=0.25)
     assert relative_error(out, attention(*case, 3, 0, 0.25)) < 2e-6
+
+
+def test_rows_for_the_next_product():
+    case = random_case(np.random.default_rng(3), jnp.float32)
+    want = np.asarray(decode_attention(*case, 5, layer=1, scale=0.25)).reshape(6, -1)
+    rows = decode_attention_rows(*case, 5, layer=1, scale=0.25, permuted=True)
+    np.testing.assert_array_equal(rows.plain, want)
+    np.testing.assert_array_equal(rows.permuted, permuted(want))
+    assert decode_attention_rows(*case, 5, layer=1, scale=0.25, permuted=False).permuted is None
+    odd = random_case(np.random.default_rng(3), jnp.float32, head_dim=8)
+    with pytest.raises(ValueError, match="sixteens"):
+        decode_attention_rows(*odd, 5, layer=1, scale=0.25, permuted=True)
 
 
 def test_layer_and_length_may_be_traced():
