@@ -91,3 +91,16 @@ def test_speculation_prints_a_row_for_every_draft() -> None:
     assert [(row[1], row[2]) for row in rows] == [("1", "no"), ("1", "yes"), ("3", "no"), ("3", "yes")]
     assert all(float(row[5]) >= 1 for row in rows)
     assert [json.loads(line)["draft"] for line in lines if "break_even" in line] == [1, 3]
+
+
+def test_bench_step_tracks_memory_over_steps_of_other_lengths() -> None:
+    shape = "--preset tiny --dtype float32 --prompts 2 --num-generations 4 --microbatch-size 2 --prompt-length 8"
+    more = "--max-completion-length 256 --lengths lognormal --length-buckets 2 --track-memory --steps 3"
+    out = run("scripts/bench_step.py", *shape.split(), *more.split())
+    _, *steps, growth = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [step["number"] for step in steps] == [1, 2, 3]
+    assert len({step["tokens"] for step in steps}) > 1
+    assert all(step["useful_fraction"] <= step["computed_fraction"] <= 1 for step in steps)
+    assert any(step["computed_fraction"] < 1 for step in steps)
+    assert steps[0]["compiled"] > 0
+    assert (growth["compiled"], growth["live_arrays"]) == (0, 0)
