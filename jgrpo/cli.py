@@ -153,7 +153,14 @@ def _merge(cls: type, preset: str | None, files: Sequence[str | Path], flags: La
     table = settings_of(cls)
     is_demo = "model" in table and upper.get("model", table["model"].default) == DEMO
     demo = read_layer(preset_path(DEMO), cls, COMMANDS) if is_demo else {}
-    return demo | upper
+    return _with_full_rate(demo | upper, "learning_rate" in upper, table)
+
+
+def _with_full_rate(layer: Layer, is_given: bool, table: Mapping[str, Setting]) -> Layer:
+    """The layer with a tenth of the learning rate, unless it is given, where the whole model is trained."""
+    if is_given or "learning_rate" not in table or layer.get("lora", "adapter") is not None:
+        return layer
+    return {**layer, "learning_rate": layer.get("learning_rate", table["learning_rate"].default) / 10}
 
 
 def _with_dial(layer: Layer) -> Layer:
@@ -246,7 +253,7 @@ def _add_flag(group: Any, setting: Setting, demo_value: Any) -> None:
 
 def _metavar(setting: Setting) -> str:
     if setting.choices:
-        return "|".join(map(str, setting.choices))
+        return "|".join([*map(str, setting.choices), *(["null"] if NoneType in setting.alternatives else [])])
     words = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return words.get(setting.alternatives[0]) or expectation(setting.annotation).upper()
 

@@ -58,6 +58,9 @@ class QuantizationConfig:
 class LoraConfig:
     """The trained adapter (Hu et al. 2021, arXiv:2106.09685; conventions of PEFT)."""
 
+    lora: Literal["adapter"] | None = "adapter"
+    """What is trained: an adapter, or (null) the model's own weights, all of them: full fine-tuning, which needs quantization
+    none; the learning rate's default is then a tenth."""
     lora_rank: int = 32
     """Rank R."""
     lora_alpha: float = 64.0
@@ -70,6 +73,11 @@ class LoraConfig:
     """Linear layers that get an adapter."""
     adapter: str | None = None
     """Directory of an adapter in PEFT's format to start from; its rank, alpha, rsLoRA and modules replace those here."""
+
+    @property
+    def is_full(self) -> bool:
+        """Full fine-tuning: there is no adapter."""
+        return self.lora is None
 
     @property
     def scale(self) -> float:

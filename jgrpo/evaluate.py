@@ -1,4 +1,5 @@
-"""`python -m jgrpo.evaluate`: base model against adapter on held-out prompts, greedy and sampled, with intervals.
+"""`python -m jgrpo.evaluate`: base model against adapter, or against the whole model that a run trained, on held-out prompts,
+greedy and sampled, with intervals.
 
 Definitions (correct, accuracy, pass@k, maj@k, intervals) are those of `jgrpo.training.evaluation`. Both policies see the same
 prompts and the same random numbers, so their difference is taken prompt by prompt, and its interval is the paired one.
@@ -43,7 +44,7 @@ class EvaluateConfig:
     """Base model against adapter. Sections are parts of `TrainConfig`'s, so that a run's settings apply."""
 
     run: str | None = None
-    """Directory of a training run: its model, data, settings and newest adapter."""
+    """Directory of a training run: its model, data, settings and newest adapter or weights."""
     adapter: str | None = None
     """Directory of a PEFT adapter for the model; without run and adapter, the base model alone is evaluated."""
     samples: int = 8
@@ -144,7 +145,7 @@ def _adapters(settings: EvaluateConfig, model_config: Any) -> tuple[dict[str, Ma
         lora, config = load_run_adapter(
             Path(settings.run), load_config(Path(settings.run, "config.yaml")), model_config
         )
-        return {"base": {}, "adapter": lora}, config
+        return {"base": {}, "trained" if config.is_full else "adapter": lora}, config
     if settings.adapter is not None:
         lora, config = load_adapter(settings.adapter, model_config)
         return {"base": {}, "adapter": lora}, config
@@ -152,14 +153,15 @@ def _adapters(settings: EvaluateConfig, model_config: Any) -> tuple[dict[str, Ma
 
 
 def differences(results: Sequence[Result]) -> dict[str, Interval]:
-    """Accuracy of the adapter minus that of the base, paired by prompt, for each way of sampling."""
+    """Accuracy of the policy that was trained minus that of the base, paired by prompt, for each way of sampling."""
     by_way: dict[str, dict[str, Scores]] = {}
     for result in results:
         by_way.setdefault(result.sampling, {})[result.policy] = result.scores
     return {
-        way: interval(scores["adapter"].correct.mean(axis=1) - scores["base"].correct.mean(axis=1))
+        way: interval(other.correct.mean(axis=1) - scores["base"].correct.mean(axis=1))
         for way, scores in by_way.items()
-        if "adapter" in scores
+        for name, other in scores.items()
+        if name != "base"
     }
 
 
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(table(results))
     for way, gain in differences(results).items():
-        console.print(f"adapter - base, {way}: accuracy {gain} (paired by prompt)")
+        console.print(f"{results[-1].policy} - base, {way}: accuracy {gain} (paired by prompt)")
     for problem in dict.fromkeys(problem for result in results for problem in result.scores.problems):
         console.print(f"warning: {problem}", markup=False)
     if settings.output is not None:

@@ -29,7 +29,7 @@ from jgrpo.checkpoints.source import read_config, stored_dtype
 from jgrpo.cli import load_config, parse_command, run_command
 from jgrpo.config import LoraConfig, QuantizationConfig, TrainConfig
 from jgrpo.errors import UserError
-from jgrpo.lora import Params
+from jgrpo.lora import WEIGHTS, Params
 from jgrpo.models import ModelConfig, Transformer
 
 __all__ = ["check_merged", "export_adapter", "export_merged", "export_run", "load_adapter", "load_run_adapter"]
@@ -90,6 +90,11 @@ class MergeCheck:
         return self.difference > 0.5 * self.effect > 0
 
     def __str__(self) -> str:
+        if not self.effect:
+            return (
+                f"written vs trained model: logits differ by {self.difference:.2g} (RMS; bound {self.bound:.2g}), their "
+                f"standard deviation is {self.deviation:.2g}"
+            )
         return (
             f"merged vs base + adapter: logits differ by {self.difference:.2g} (RMS; bound {self.bound:.2g}), the adapter "
             f"moves them by {self.effect:.2g}, their standard deviation is {self.deviation:.2g}; the "
@@ -165,10 +170,16 @@ def _logits(
 
 
 def load_run_adapter(run: Path, config: TrainConfig, model_config: ModelConfig) -> tuple[Params, LoraConfig]:
-    """Adapter of the run's newest checkpoint; of `adapter/` where the run holds no checkpoints."""
+    """Adapter of the run's newest checkpoint; of `adapter/` where the run holds no checkpoints.
+
+    Of a run that trained the whole model, `{"weights": …}` likewise, from `model/` in its own dtype.
+    """
     if (run / "checkpoints").is_dir():
         _, lora = train_state.load_adapter(run / "checkpoints")
         return lora, config.lora
+    if config.lora.is_full:
+        stored = stored_dtype(run / "model")
+        return {WEIGHTS: load_base(run / "model", model_config, config.quantization, stored)}, config.lora
     return load_adapter(run / "adapter", model_config)
 
 
@@ -184,9 +195,28 @@ def export_run(settings: ExportConfig) -> Path:
     checkpoint = resolve_checkpoint(config.model.model, config.model.revision)
     model_config = load_model_config(checkpoint)
     lora, lora_config = load_run_adapter(run, config, model_config)
+    if WEIGHTS in lora and settings.format == "adapter":
+        raise UserError(
+            f"run {run} trained the whole model (lora: null), so there is no adapter to export: take --format merged, gptq or gguf"
+        )
+    if WEIGHTS in lora and settings.merge_into == "original":
+        raise UserError(
+            f"run {run} trained the whole model (lora: null): there is nothing to merge into; leave --merge-into out"
+        )
     if settings.format == "adapter":
         return export_adapter(settings.output, lora, lora_config, model_config, config.model.model)
     return _export_merged_run(settings, config, checkpoint, model_config, lora, lora_config)
+
+
+def _merge_base(settings: ExportConfig, config: TrainConfig, checkpoint: Path) -> tuple[bool, Params | None]:
+    """Whether the checkpoint's own weights are merged into, and the base that the export needs, if it needs one."""
+    # The weights of an already quantized checkpoint are the base that the adapter was trained on.
+    original = settings.merge_into == "original" and not read_config(checkpoint).get("quantization_config")
+    quantization = QuantizationConfig(quantization="none") if original else config.quantization
+    needs_base = settings.check or not original
+    if not needs_base:
+        return original, None
+    return original, load_base(checkpoint, load_model_config(checkpoint), quantization, stored_dtype(checkpoint))
 
 
 def _export_merged_run(
@@ -197,11 +227,10 @@ def _export_merged_run(
     lora: Params,
     lora_config: LoraConfig,
 ) -> Path:
-    # The weights of an already quantized checkpoint are the base that the adapter was trained on.
-    original = settings.merge_into == "original" and not read_config(checkpoint).get("quantization_config")
-    quantization = QuantizationConfig(quantization="none") if original else config.quantization
-    needs_base = settings.check or not original
-    base = load_base(checkpoint, model_config, quantization, stored_dtype(checkpoint)) if needs_base else None
+    if WEIGHTS in lora:
+        base, lora, original = lora[WEIGHTS], {}, False
+    else:
+        original, base = _merge_base(settings, config, checkpoint)
     kind = {"gptq": "gptq", "gguf": settings.gguf_type}.get(settings.format, settings.merged_dtype)
 
     def verify(merged: Path) -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jgrpo.checkpoints.hf import load_model_config
@@ -20,10 +21,12 @@ from jgrpo.config import LoraConfig, ModelSettings, QuantizationConfig, RolloutC
 from jgrpo.data import Example, check_context, encode_prompts, pad_prompts
 from jgrpo.errors import UserError
 from jgrpo.export import load_adapter, load_run_adapter
+from jgrpo.lora import WEIGHTS
 from jgrpo.rollout import Prompts, stream
 from jgrpo.rollout.text import TextStream
+from jgrpo.rollout.weights import cast
 from jgrpo.training.experience import read_completions
-from jgrpo.training.policy import Policy, load_policy, with_context
+from jgrpo.training.policy import Policy, compute_dtype, load_policy, with_context
 from jgrpo.validation import check_ranges
 
 Prompt = str | list[dict[str, Any]]
@@ -55,7 +58,7 @@ def load(
 
 
 def load_run(run: str | Path) -> LoadedModel:
-    """The model of a training run as it was trained (quantization, dtype), with the run's newest adapter."""
+    """The model of a training run as it was trained (quantization, dtype), with the run's newest adapter or weights."""
     if not Path(run, "config.yaml").is_file():
         raise UserError(f"run {run}: no config.yaml in it; expected the output directory of a training run")
     config = load_config(Path(run, "config.yaml"))
@@ -148,6 +151,9 @@ def _load(
     if run is not None:
         model_config = load_model_config(settings.model, settings.revision)
         lora, lora_config = load_run_adapter(Path(run), load_config(Path(run, "config.yaml")), model_config)
+        if WEIGHTS in lora:  # the model itself, in the base's place
+            base = cast(lora[WEIGHTS], jnp.dtype(compute_dtype(settings)).name)
+            return LoadedModel(load_policy(settings, quantization, lora_config, base=base), {})
     elif adapter is not None:
         lora, lora_config = load_adapter(adapter, load_model_config(settings.model, settings.revision))
     return LoadedModel(load_policy(settings, quantization, lora_config), lora)
@@ -218,7 +224,7 @@ class GenerateConfig:
     prompt: str
     """What to complete, as a user message if the tokenizer has a chat template; "-" reads it from standard input."""
     run: str | None = None
-    """Directory of a training run: its model, settings and newest adapter."""
+    """Directory of a training run: its model, settings and newest adapter or weights."""
     adapter: str | None = None
     """Directory of a PEFT adapter for the model."""
     plain: bool = False

@@ -4,6 +4,9 @@ An adapter is a plain pytree `{module: {"a": [L, R, in], "b": [L, out, R]}}`, se
 base model itself. q, k and v (and gate and up) read the same input and are one matrix in the base, so `fuse`
 stacks their A's and lays their B's out block-diagonally: one adapter matmul for each base matmul. Deviation
 from PEFT: modules fused this way share one dropout mask.
+
+In full fine-tuning what is trained is the model itself: wherever a policy is given by its adapter, it may be given by
+`{"weights": …}` instead, a whole base tree that takes the place of the frozen one (`variables_of`).
 """
 
 import math
@@ -21,6 +24,8 @@ if TYPE_CHECKING:  # `jgrpo.models` stands above this module and imports it
     from jgrpo.models.config import ModelConfig
 
 Params = Mapping[str, Any]
+WEIGHTS = "weights"
+"""Key of a policy that is a whole model and no adapter; not the name of a module."""
 
 _FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -31,6 +36,13 @@ _FUSED: Mapping[str, tuple[str, ...]] = {
 _FUSED_IN_CHECKPOINT = _FUSED | {"qkv": ("qkv_proj",), "gate_up": ("gate_up_proj",)}
 ALL_MODULES = (*LINEAR_MODULES, "qkv_proj", "gate_up_proj")
 """Names that linear layers have in checkpoints."""
+
+
+def variables_of(base: Params, policy: Params) -> dict[str, Params]:
+    """What a `Transformer` is applied to: the base with the policy's adapter, or the policy's own weights."""
+    if WEIGHTS in policy:
+        return {"params": policy[WEIGHTS], "lora": {}}
+    return {"params": base, "lora": policy}
 
 
 def matrix_modules(config: "ModelConfig") -> Mapping[str, tuple[str, ...]]:

@@ -27,7 +27,7 @@ from jgrpo.errors import UserError
 from jgrpo.settings import build, flatten
 from jgrpo.training.fitting import best_fit, parse_bytes, refusal, setting_flags, show_plan
 from jgrpo.training.memory import MemoryPlan, plan_memory
-from jgrpo.validation import check_batch, check_modules, check_ranges
+from jgrpo.validation import check_batch, check_full, check_modules, check_ranges
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_ranges(flatten(config))
     check_batch(config)
     check_modules(config)
+    check_full(config)
     shape = load_model_config(config.model.model, config.model.revision, weights=False)
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)

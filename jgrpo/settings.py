@@ -56,8 +56,8 @@ class Setting:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """Values of a `Literal`; empty for other types."""
-        return get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
+        """Values of a `Literal`, also of one that may be null; empty for other types."""
+        return tuple(c for part in self.alternatives if get_origin(part) is Literal for c in get_args(part))
 
 
 def attribute_docstrings(cls: type) -> dict[str, str]:

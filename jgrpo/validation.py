@@ -27,6 +27,16 @@ def validate(config: TrainConfig) -> None:
     check_batch(config)
     check_modules(config)
     check_rewards(config)
+    check_full(config)
+    if config.algorithm.algorithm == "ppo" and config.lora.is_full:
+        raise UserError(
+            "--algorithm ppo with --lora null: its critic is an adapter on the frozen base. Take grpo, rloo or online_dpo, or train an adapter."
+        )
+    if config.algorithm.reference_adapter is not None and config.lora.is_full:
+        raise UserError(
+            "--reference-adapter with --lora null: the reference of a whole model is a copy of it, its start or (--reference-sync-steps) "
+            "an earlier state. Leave --reference-adapter out."
+        )
     if config.training.offload and not config.training.remat:
         raise UserError("--offload moves what --remat keeps, and remat is false: set --remat, or leave --offload out.")
     if config.rollout.tools and config.rollout.environment is not None:
@@ -40,6 +50,7 @@ def validate_supervised(config: SftConfig) -> None:
     """The same for a supervised run."""
     check_ranges(flatten(config))
     check_modules(config)
+    check_full(config)
     rows, size = config.training.rows_per_step, config.training.microbatch_rows
     if rows % size:
         raise UserError(
@@ -133,6 +144,26 @@ def check_modules(config: AnyConfig) -> None:
                     f"{flag(name)}: unknown module {module!r}.{nearest(module, modules)} "
                     f"Expected some of {', '.join(modules)}."
                 )
+
+
+def check_full(config: AnyConfig) -> None:
+    """Full fine-tuning has weights that can be trained, and nothing that belongs to an adapter."""
+    if not config.lora.is_full:
+        return
+    if (quantization := config.quantization.quantization) != "none":
+        raise UserError(
+            f"--lora null trains the model's own weights, which --quantization {quantization} would freeze: "
+            "add --quantization none, or leave --lora out to train an adapter."
+        )
+    if config.lora.adapter is not None:
+        raise UserError(
+            f"--adapter {config.lora.adapter} with --lora null: there is no adapter to start from it. Merge it first "
+            "(python -m jgrpo.export --format merged) and give the merged model, or leave --lora out."
+        )
+    if config.lora.lora_dropout > 0:
+        raise UserError(
+            f"--lora-dropout {config.lora.lora_dropout} with --lora null: it is the adapter's. Leave it out."
+        )
 
 
 def check_rewards(config: TrainConfig) -> None:

@@ -6,6 +6,7 @@
     PYTHONPATH=. python scripts/bench_step.py --preset llama-3.1-8b --microbatch-size 4 --offload --steps 5
     PYTHONPATH=. python scripts/bench_step.py --lengths lognormal --length-buckets 1 2 4 8 --phases update
     PYTHONPATH=. python scripts/bench_step.py --lengths lognormal --track-memory --steps 50
+    PYTHONPATH=. python scripts/bench_step.py --preset qwen2.5-1.5b --full-finetuning --optimizer-bits 8 --memory-analysis
 
 EOS is ignored; rewards are random and take no time. `--lengths fixed`: every completion has `--max-completion-length`
 tokens. `lognormal`: each row is given its own end, log-normal with median 200 and sigma 0.8, capped at that length, and other
@@ -30,6 +31,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -40,7 +42,7 @@ from profiling import format_table, traced
 from shapes import PRESETS, linear_parameters, random_base
 
 from jgrpo.config import LoraConfig, TrainConfig
-from jgrpo.lora import init_lora
+from jgrpo.lora import WEIGHTS, init_lora
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, generate
 from jgrpo.rollout.ahead import compile_all, lower_rollout
@@ -73,7 +75,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight; above 0: with a reference forward")
     parser.add_argument("--lora-rank", type=int, default=32, help="rank R (default %(default)s)")
-    parser.add_argument("--optimizer-bits", type=int, choices=(8, 32), default=32, help="of AdamW's moments")
+    parser.add_argument("--full-finetuning", action="store_true", help="train all weights instead of an adapter")
+    parser.add_argument("--optimizer-bits", type=int, choices=(32, 8), default=32, help="of AdamW's moments")
     parser.add_argument("--group-size", type=int, default=64, help="int4 group (default %(default)s)")
     parser.add_argument("--quantization", choices=("int4", "none"), default="int4", help="of the linear layers")
     parser.add_argument("--int4-embeddings", action="store_true", help="embedding and head in int4 too")
@@ -85,7 +88,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory-analysis", action="store_true", help="also what XLA and jgrpo.plan say")
     parser.add_argument("--peak-breakdown", action="store_true", help="what is alive at the peak, by plan and compiler")
     parser.add_argument("--peak-tflops", type=float, help="for the utilisation; default: by the device's name")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.full_finetuning:
+        args.quantization = "none"
+    return args
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
@@ -94,7 +100,9 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     kept = () if args.int4_embeddings else default.quantization.skip_modules
     return dataclasses.replace(
         default,
-        lora=LoraConfig(lora_rank=args.lora_rank, lora_alpha=2.0 * args.lora_rank),
+        lora=LoraConfig(
+            lora=None if args.full_finetuning else "adapter", lora_rank=args.lora_rank, lora_alpha=2.0 * args.lora_rank
+        ),
         rollout=dataclasses.replace(
             default.rollout,
             num_generations=args.num_generations,
@@ -135,8 +143,8 @@ class Bench:
             int4_embeddings=args.int4_embeddings,
         )
         self.optimizer = make_optimizer(self.config.optimizer, updates=1000)
-        lora = init_lora(jax.random.key(1), self.config.lora, self.model_config)
-        self.state = TrainState.create(lora, self.optimizer, jax.random.key(2))
+        self.base, trained = self._trained(self.base)
+        self.state = TrainState.create(trained, self.optimizer, jax.random.key(2))
         shape = (args.prompts, args.prompt_length)
         tokens = jax.random.randint(jax.random.key(3), shape, 0, self.model_config.vocab_size)
         self.prompts = Prompts(tokens=tokens, lengths=jnp.full(args.prompts, args.prompt_length, jnp.int32))
@@ -152,6 +160,13 @@ class Bench:
             return np.full(shape, limit, np.int32)
         drawn = np.random.default_rng(self.number).lognormal(np.log(200), 0.8, shape)
         return np.clip(np.rint(drawn), 1, limit).astype(np.int32)
+
+    def _trained(self, base: Any) -> tuple[Any, Any]:
+        """The frozen base and what is trained: an adapter, or the weights in float32, the base kept if beta needs it."""
+        if not self.args.full_finetuning:
+            return base, init_lora(jax.random.key(1), self.config.lora, self.model_config)
+        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
+        return (base if self.args.beta > 0 else {}), {WEIGHTS: weights}
 
     def rollout(self) -> None:
         self.number += 1
@@ -241,15 +256,19 @@ class Bench:
         }
 
     def update_flops(self) -> float:
-        """Forward and activation gradient: 2 · 2 operations a parameter and position, likewise head and attention."""
+        """Forward and activation gradient: 2 · 2 operations a parameter and position, likewise head and attention.
+
+        Where the weights are trained, their gradient is 2 more.
+        """
         config = self.model_config
         linear = linear_parameters(config) * (self.completion_tokens + self.prompt_positions)
         head = config.vocab_size * config.hidden_size * self.completion_tokens
         # Scores and mix of values: 2 products of T · T / 2 · H · Hd, whose gradient costs twice the forward.
         squares = float(((self.args.prompt_length + self.lengths.astype(float)) ** 2).sum())
         attention = config.num_layers * config.num_heads * config.head_dim * squares
-        reference = 1.5 if self.args.beta > 0 else 1.0
-        return reference * 2 * (2 * linear + 2 * head + 3 * attention)
+        passes = 3 if self.args.full_finetuning else 2
+        forward_again = 2 * (linear + head + attention) if self.args.beta > 0 else 0.0
+        return 2 * (passes * (linear + head) + 3 * attention) + forward_again
 
 
 def measure(bench: Bench, phase: str) -> dict:

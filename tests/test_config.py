@@ -9,7 +9,7 @@ import pytest
 from jgrpo.cli import config_from_args, load_config, resolve_config, save_config
 from jgrpo.config import LoraConfig, SftConfig, TrainConfig
 from jgrpo.errors import UserError
-from jgrpo.settings import attribute_docstrings, build, flatten, preset_names, scalar, settings_of
+from jgrpo.settings import attribute_docstrings, build, flatten, preset_names, scalar, settings_of, to_yaml
 from jgrpo.validation import (
     RANGES,
     RESUME_MAY_CHANGE,
@@ -168,6 +168,27 @@ def test_nested_and_flat_keys_mean_the_same(tmp_path: Path):
 
 def test_an_empty_file_or_section_changes_nothing(tmp_path: Path):
     assert load_config(write(tmp_path, "# nothing\noptimizer:\n")) == config_from_args([])
+
+
+def test_no_adapter_is_null_in_a_file_and_on_the_command_line(tmp_path: Path):
+    model = ["--model", "a/b", "--quantization", "none"]
+    given = config_from_args([*model, "--lora", "null"])
+    assert given.lora.is_full
+    text = "lora: null\nmodel: a/b\nquantization: {quantization: none}\n"
+    assert load_config(write(tmp_path, text)) == given
+    assert load_config(write(tmp_path, to_yaml(given))) == given
+    with pytest.raises(UserError, match=r"--lora null .* add --quantization none"):
+        config_from_args(["--model", "a/b", "--lora", "null"])
+    with pytest.raises(UserError, match="--lora: 'fals' is not one of adapter or null"):
+        config_from_args(["--lora", "fals"])
+
+
+def test_all_weights_learn_at_a_tenth_of_the_rate_unless_it_is_given():
+    full = ["--quantization", "none", "--lora", "null"]
+    for model in (["--model", "a/b"], []):  # the demo brings its own rate
+        adapter = config_from_args(model).optimizer.learning_rate
+        assert config_from_args([*model, *full]).optimizer.learning_rate == pytest.approx(adapter / 10)
+    assert config_from_args([*full, "--learning-rate", "1e-3"]).optimizer.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(

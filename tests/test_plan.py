@@ -15,7 +15,7 @@ from jgrpo import plan as command
 from jgrpo.cli import resolve_config
 from jgrpo.config import LINEAR_MODULES, TrainConfig
 from jgrpo.errors import UserError
-from jgrpo.lora import init_lora
+from jgrpo.lora import WEIGHTS, init_lora
 from jgrpo.models import KVCache, ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Rollout
@@ -54,11 +54,7 @@ def compiled(config):
     """XLA's own figures for a step, from shapes alone."""
     shape, optimizer = jax.ShapeDtypeStruct, cached_optimizer(config.optimizer)
     questions, group, length = config.training.prompts_per_step, *_lengths(config)
-    base = base_shapes(SHAPE, jnp.float32)
-    base["layers"] = {name: _packed(leaf, name, config) for name, leaf in base["layers"].items()}
-    if not config.quantization.skip_modules:
-        base["embed"] = _packed(base["embed"], "down", config)
-    lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), config.lora, SHAPE))
+    base, lora = _base_and_trained(config)
     algorithm = ALGORITHMS[config.algorithm.algorithm]
     critic = jax.eval_shape(lambda: (algorithm.init_critic or (lambda *_: {}))(jax.random.key(2), config.lora, SHAPE))
     state = jax.eval_shape(
@@ -81,6 +77,16 @@ def compiled(config):
     model = Transformer(SHAPE, config.lora)
     how = dict(model=model, optimizer=optimizer, config=config)
     return algorithm.step.lower(state, base, batch, **how).compile().memory_analysis()
+
+
+def _base_and_trained(config):
+    base = base_shapes(SHAPE, jnp.float32)
+    if config.lora.is_full:
+        return (base if config.algorithm.beta else {}), {WEIGHTS: base}
+    base["layers"] = {name: _packed(leaf, name, config) for name, leaf in base["layers"].items()}
+    if not config.quantization.skip_modules:
+        base["embed"] = _packed(base["embed"], "down", config)
+    return base, jax.eval_shape(lambda: init_lora(jax.random.key(0), config.lora, SHAPE))
 
 
 def _lengths(config):
@@ -111,6 +117,8 @@ def _packed(leaf, name, config):
         {"algorithm": "online_dpo", "microbatch_size": 8},
         {"algorithm": "online_dpo", "microbatch_size": 2, "prompts_per_step": 6},
         {"beta": 0.1, "reference_sync_steps": 5, "lora_rank": 64},
+        {"lora": None, "quantization": "none"},
+        {"lora": None, "quantization": "none", "optimizer_bits": 8, "beta": 0.1},
     ],
     ids=[
         "shared prompt",
@@ -126,6 +134,8 @@ def _packed(leaf, name, config):
         "dpo",
         "dpo, a pair",
         "reference",
+        "all weights",
+        "all weights, 8 bits",
     ],
 )
 def test_plan_is_what_xla_plans(values):
@@ -149,6 +159,25 @@ def test_cache_is_the_rollouts(kv_cache):
     expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
     plan = plan_memory(chosen, SHAPE, jnp.float32, PROMPT, cudnn=False)
     assert plan.kv_cache == pytest.approx(expected, rel=1e-4)
+
+
+def test_all_weights_are_counted():
+    """Bytes a parameter: 4 for weights, 2.03 for moments, 8 for gradients, 2 for the copy that decodes, 2 for the reference."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(base_shapes(SHAPE)))
+    full = plan_memory(
+        config(lora=None, quantization="none", optimizer_bits=8, beta=0.1), SHAPE, jnp.bfloat16, 64, True
+    )
+    assert (full.adapter, full.gradients, full.base) == (4 * parameters, 8 * parameters, 2 * parameters)
+    assert full.optimizer == pytest.approx(2.03125 * parameters, rel=0.01)
+    rows = full.rows()
+    assert ("weights", 4 * parameters, "trained, float32; a synced reference too") in rows
+    without = plan_memory(config(lora=None, quantization="none"), SHAPE, jnp.bfloat16, 64, True)
+    assert (without.base, without.optimizer) == (0, 8 * parameters)
+    sampled = 2 * 16 * SHAPE.vocab_size * 4
+    assert without.sampling - sampled == 2 * parameters
+    synced = config(lora=None, quantization="none", beta=0.1, reference_sync_steps=4)
+    plan = plan_memory(synced, SHAPE, jnp.bfloat16, 64, True)
+    assert (plan.base, plan.adapter) == (0, 8 * parameters)
 
 
 def qwen(tmp_path, **values):

@@ -81,12 +81,13 @@ def export_merged(
     dtype: Any = jnp.bfloat16,
     encoding: Encoding | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    replace: bool = False,
     verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint in `dtype` to the directory `out`, with config, generation config and tokenizer of `checkpoint`.
 
     `base` is the pytree to merge into; None merges into the weights of `checkpoint`. An `encoding` other than the plain one
-    (`jgrpo.checkpoints.gptq`) decides how matrices are stored. `verify` gets the finished directory before it takes the
+    (`jgrpo.checkpoints.gptq`) decides how matrices are stored. `replace` overwrites what is there. `verify` gets the finished directory before it takes the
     name `out`, and refuses it by raising. Raises UserError if `out` is taken or the disk is full; then nothing of it is
     left.
     """
@@ -94,7 +95,7 @@ def export_merged(
     encoding = encoding or Encoding(np.dtype(dtype))
     rows = merged_rows(source, base, lora, lora_config)
     ordered = [placement for placed in placements(model_config).values() for placement in placed]
-    with atomic_directory(out) as directory:
+    with atomic_directory(out, replace=replace) as directory:
         needed = sum(spec.nbytes for placement in ordered for spec in encoding.specs(placement))
         check_space(directory, needed)
         _write_shards(directory, ordered, rows, encoding, max_shard_bytes)

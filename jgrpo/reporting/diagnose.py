@@ -79,7 +79,7 @@ def zero_gradient(history: Sequence[Metrics]) -> Finding | None:
         return None
     return Finding(
         "zero_gradient",
-        f"The loss and its gradient have been exactly 0 for {IN_A_ROW} steps: the adapter does not change. "
+        f"The loss and its gradient have been exactly 0 for {IN_A_ROW} steps: what is trained does not change. "
         "Either no advantage differs from 0 or every completion is masked (--mask-truncated-completions).",
     )
 

@@ -14,11 +14,12 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
 from jgrpo.config import RolloutConfig
+from jgrpo.lora import WEIGHTS
 from jgrpo.models import Transformer
 from jgrpo.rollout import batch, compaction
 from jgrpo.rollout.sampler import Setup
 from jgrpo.rollout.types import Prompts
-from jgrpo.rollout.weights import at_once, merge, plan_weights
+from jgrpo.rollout.weights import at_once, decoded, merge, plan_weights
 
 Params = Mapping[str, Any]
 
@@ -40,9 +41,13 @@ def lower_rollout(
     Not among them: those of the merged copy, and a few tiny ones around the loop, which every rollout runs.
     """
     questions, width = prompts.tokens.shape
-    is_merged = plan_weights(model, base, config, (questions, width)).merged
     is_bound = any(leaf.committed for leaf in jax.tree.leaves((base, lora, key)))
-    merged = bound(jax.eval_shape(lambda *given: merge(model, *given), base, lora), is_bound) if is_merged else None
+    if WEIGHTS in lora:
+        used = jax.eval_shape(lambda policy: decoded(model, {}, policy, config, (questions, width)), lora)
+        base, lora, merged = bound(used, is_bound)
+    else:
+        is_merged = plan_weights(model, base, config, (questions, width)).merged
+        merged = bound(jax.eval_shape(lambda *given: merge(model, *given), base, lora), is_bound) if is_merged else None
     limits, size = row_limits, at_once(config, questions)
     if size < questions:
         keys = batch.row_keys(key, (questions, config.num_generations))

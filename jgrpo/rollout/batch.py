@@ -27,7 +27,7 @@ from jgrpo.rollout.sampler import (
     to_rollout,
 )
 from jgrpo.rollout.types import Prompts, Rollout
-from jgrpo.rollout.weights import at_once, decoding_variables, merge, plan_weights, unrolls
+from jgrpo.rollout.weights import at_once, decoded, decoding_variables, unrolls
 
 
 def generate(
@@ -45,14 +45,14 @@ def generate(
     """Draw `config.num_generations` completions of every prompt, each of at most `config.max_completion_length` tokens.
 
     Compiled once for each shape of `prompts`, and once for each shape that long tails shrink to when one first does. The
-    same key gives the same tokens; `lora = {}` samples from the base model. `row_limits` gives rows lower limits of
+    same key gives the same tokens; `lora = {}` samples from the base model, `{"weights": …}` from those. `row_limits` gives rows lower limits of
     their own. With `config.prompts_at_once` so many prompts are sampled after each other, all in the same programs, and
     every row draws what it draws with all at once. Not to be called inside `jit`: it looks at which rows have ended;
     `rollout_program` is.
     """
     questions, width = prompts.tokens.shape
-    merged = merge(model, base, lora) if plan_weights(model, base, config, (questions, width)).merged else None
-    draw = functools.partial(_generate, model, base, lora, merged, config=config, eos_ids=eos_ids, pad_id=pad_id)
+    weights = decoded(model, base, lora, config, (questions, width))
+    draw = functools.partial(_generate, model, *weights, config=config, eos_ids=eos_ids, pad_id=pad_id)
     size = at_once(config, questions)
     if size == questions:
         return draw(prompts, key, row_limits)

@@ -6,6 +6,9 @@ made anew for every rollout, because the adapter changed since the last one, and
 prefilled with the stored weights in either case, and so is the training forward: what the rounding of merged weights
 does to log-probabilities is in the logged gap between sampler and trainer.
 
+Weights that are trained whole are decoded with as they are where they have the compute dtype, and from a copy in it, made
+the same way, where they are wider.
+
 `auto` compares sizes that the configuration fixes, never the memory that happens to be free, so that every step of a run
 and every resumed run decides alike.
 """
@@ -13,7 +16,7 @@ and every resumed run decides alike.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jgrpo.config import RolloutConfig
-from jgrpo.lora import fuse, matrix_modules, module_shapes, own_modules
+from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.quantization import MixedWeight, PackedWeight, dequantize
 
@@ -63,6 +66,53 @@ def choose_weights(rows: int, base: int, copy: int, cache: int, device: int | No
     numbers = f"{base / 1e9:.1f} GB base + {copy / 1e9:.1f} GB copy + {cache / 1e9:.1f} GB cache"
     fits = base + copy + cache <= MEMORY_SHARE * device
     return WeightsPlan(fits, f"auto: {numbers} {'<=' if fits else '>'} {MEMORY_SHARE:.0%} of {device / 1e9:.1f} GB")
+
+
+class Decoded(NamedTuple):
+    """What a rollout uses of a policy."""
+
+    base: Params
+    lora: Params
+    merged: Params | None
+    """Copies of the base's matrices (`merge`) that take their place in decoding; None: no copy."""
+
+
+def decoded(
+    model: Transformer, base: Params, policy: Params, config: RolloutConfig, prompts: tuple[int, int]
+) -> Decoded:
+    """What to prefill and decode with; `prompts` is (Q, P), `policy` an adapter or a whole model."""
+    if WEIGHTS not in policy:
+        merged = merge(model, base, policy) if plan_weights(model, base, config, prompts).merged else None
+        return Decoded(base, policy, merged)
+    weights = policy[WEIGHTS]
+    if not is_wide(model, weights):
+        return Decoded(weights, {}, merge(model, weights, {}) if config.rollout_weights == "bf16" else None)
+    rest = {name: leaf for name, leaf in weights["layers"].items() if name not in matrix_modules(model.config)}
+    small = cast({**weights, "layers": rest}, jnp.dtype(model.dtype).name)
+    layers = {**weights["layers"], **small["layers"]}
+    return Decoded({**small, "layers": layers}, {}, merge(model, weights, {}))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def cast(tree: Params, dtype: str) -> Params:
+    """Every leaf in another dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def describe_weights(
+    model: Transformer, base: Params, policy: Params, config: RolloutConfig, prompts: tuple[int, int]
+) -> str:
+    """What the user is told of it before the run."""
+    if WEIGHTS not in policy:
+        return str(plan_weights(model, base, config, prompts))
+    copied = is_wide(model, policy[WEIGHTS])
+    how = f", copied to {jnp.dtype(model.dtype).name} for each rollout" if copied else ""
+    return f"rollout weights: those that are trained{how}"
+
+
+def is_wide(model: Transformer, weights: Params) -> bool:
+    """Whether trained weights have another dtype than the one that is computed in."""
+    return weights["embed"].dtype != jnp.dtype(model.dtype)
 
 
 def merged_bytes(model: Transformer) -> int:

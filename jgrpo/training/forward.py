@@ -25,6 +25,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import pallas_kernels
+from jgrpo.lora import variables_of
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.shared_prompt import SharedPrompt
@@ -155,7 +156,7 @@ def token_logprobs(
     Args:
         model: static.
         base: frozen weights.
-        lora: adapter; `{}` is the reference policy, at no memory cost.
+        lora: adapter; `{}` is the reference policy, at no memory cost. Or a whole model, `{"weights": …}`.
         rows: see `rows_of`.
         temperature: divides the logits, as in the sampler.
         remat: recompute each layer in the backward.
@@ -164,7 +165,7 @@ def token_logprobs(
         group: so many rows after each other have the same prompt, which is computed once for them (`Rows.prompt_group`).
         dropout_key: draws the adapter's dropout; None: no dropout.
     """
-    variables = {"params": base, "lora": lora}
+    variables = variables_of(base, lora)
     packed = packing_of(rows, group)
     hidden = completion_states(
         model, variables, rows, remat=remat, offload=offload, group=group, dropout_key=dropout_key

@@ -104,10 +104,10 @@ def check_first_rollout(policy: Policy, lora: Mapping[str, Any], rollout: Rollou
 
 @partial(jax.jit, static_argnames=("model", "temperature", "chunk"))
 def _policy_gaps(lora, base, rows, sampler_logprobs, mask, *, model, temperature, chunk):
-    """Mean |Δ log-prob| over the tokens of the mask, of the trainer to the sampler and to the base."""
+    """Mean |Δ log-prob| over the tokens of the mask, of the trainer to the sampler and to the base (0 where there is none)."""
     forward = partial(token_logprobs, model, base, temperature=temperature, chunk=chunk, remat=False)
     logprobs = forward(lora, rows)[0]
-    others = (sampler_logprobs, forward({}, rows)[0])
+    others = (sampler_logprobs, forward({}, rows)[0] if base else logprobs)
     return tuple(masked_mean(jnp.abs(logprobs - other), mask) for other in others)
 
 
@@ -136,5 +136,5 @@ def check_finite(consecutive: int, limit: int, step: int) -> None:
     if consecutive >= limit:
         raise UserError(
             f"step {step}: loss or gradient not finite in {consecutive} updates in a row (max_nonfinite_steps {limit}); "
-            "the adapter was left unchanged in all of them; lower learning_rate, or check the rewards"
+            "what is trained was left unchanged in all of them; lower learning_rate, or check the rewards"
         )

@@ -21,14 +21,14 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jgrpo.algorithms import check_objective, combine_rewards, objective_from_config
-from jgrpo.checkpoints.adapter import export_adapter, replace_by_adapter, start_adapter
+from jgrpo.checkpoints.adapter import replace_by_adapter
 from jgrpo.checkpoints.hf import eos_ids, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
 from jgrpo.config import TrainConfig
 from jgrpo.data import Cursor, Example, take
 from jgrpo.reporting import FRESH, Reporter, is_due, make_reporter, memory_metrics
 from jgrpo.rollout import EnvironmentFactory, Rollout, environment_factory
-from jgrpo.rollout.weights import at_once, plan_weights
+from jgrpo.rollout.weights import at_once, describe_weights
 from jgrpo.training import evaluation
 from jgrpo.training.algorithms import ALGORITHMS
 from jgrpo.training.compiled_memory import batch_shapes, check_compiled, device_limits
@@ -40,9 +40,10 @@ from jgrpo.training.guards import CompileCounter, StopSignals, check_finite, che
 from jgrpo.training.optimizer import make_optimizer
 from jgrpo.training.policy import Policy, compute_dtype, load_policy
 from jgrpo.training.reference import completion_kl, describe_reference, initial_reference, synced
-from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, check_directory, claim_directory
+from jgrpo.training.run_directory import CHECKPOINTS, check_directory, claim_directory
 from jgrpo.training.state import Batch, TrainState, committed
 from jgrpo.training.task import RewardFunctions, Task, load_task
+from jgrpo.training.trained import export_trained, keeps_start, loaded_dtype, outcome, shapes_of, starting_point
 
 WARM_STEPS = 2
 """Steps of a process that may compile."""
@@ -80,7 +81,8 @@ def train(
         check_memory(config, shape, compute_dtype(config.model), task.prompt_width, Console(stderr=True))
         environment = environment or environment_factory(config.rollout, tokenizer, eos_ids(path, tokenizer))
         longest = config.data.max_prompt_length + config.rollout.max_completion_length
-        policy = load_policy(config.model, config.quantization, config.lora, tokenizer, longest)
+        stored = loaded_dtype(config.lora, compute_dtype(config.model))
+        policy = load_policy(config.model, config.quantization, config.lora, tokenizer, longest, stored=stored)
         config = dataclasses.replace(config, quantization=policy.quantization)
         policy = dataclasses.replace(policy, environment=environment)
         run = Run(config, policy, task, reporter, signals)
@@ -117,7 +119,8 @@ class Run:
 
     def _fresh_state(self, init_key: jax.Array, run_key: jax.Array) -> TrainState:
         config, model_config = self.config, self.policy.model.config
-        lora, make_critic = start_adapter(init_key, config.lora, model_config), self.algorithm.init_critic
+        self.policy, lora = starting_point(init_key, config.lora, self.policy, keeps_start(config.algorithm))
+        make_critic = self.algorithm.init_critic
         critic = make_critic(jax.random.fold_in(init_key, 1), config.lora, model_config) if make_critic else {}
         state = TrainState.create(lora, self.optimizer, run_key, critic)
         reference = initial_reference(config, model_config, lora)
@@ -154,8 +157,8 @@ class Run:
             self._save()
             raise
         self._save()
-        self._export()
-        self.summary = f"done: {int(self.state.step)} steps; the adapter is in {self.directory / ADAPTER}"
+        path = export_trained(self.directory, self.config, self.policy, self.state.lora)
+        self.summary = f"done: {int(self.state.step)} steps; {outcome(path)}"
         return self.state
 
     def close(self) -> None:
@@ -351,19 +354,19 @@ class Run:
         """Load the newest checkpoint of a resumed run; returns its step, None if there is nothing to load."""
         if not self.config.run.resume or self.checkpoints.latest_step is None:
             return None
-        lora, rest, meta = self.checkpoints.restore(self.state.lora, dataclasses.replace(self.state, lora={}))
+        # Only shapes are needed: what a fresh state holds makes room before the saved one is read.
+        wanted = self.state = shapes_of(self.state)
+        lora, rest, meta = self.checkpoints.restore(wanted.lora, dataclasses.replace(wanted, lora={}))
         self.state, self.num_tokens = committed(rest.replace(lora=lora)), meta["num_tokens"]
         return int(self.state.step)
 
-    def _export(self) -> None:
-        model, lora = self.config.model.model, self.state.lora
-        export_adapter(self.directory / ADAPTER, lora, self.config.lora, self.policy.model.config, model, replace=True)
-
     def _plan(self) -> list[str]:
-        algorithm = f"algorithm: {self.config.algorithm.algorithm}; {describe_reference(self.config.algorithm)}"
+        reference = describe_reference(self.config.algorithm, self.config.lora.is_full)
+        algorithm = f"algorithm: {self.config.algorithm.algorithm}; {reference}"
         prompts = self.config.training.prompts_per_step, self.task.prompt_width
-        weights = plan_weights(self.policy.model, self.policy.base, self.config.rollout, prompts)
-        return [*self.policy.describe(), *self.task.describe(), algorithm, str(weights)]
+        policy, trained = self.policy, self.state.lora
+        weights = describe_weights(policy.model, policy.base, trained, self.config.rollout, prompts)
+        return [*policy.describe(trained), *self.task.describe(), algorithm, weights]
 
 
 @contextmanager

@@ -28,6 +28,8 @@ those of its attention rows, and W = (H + 2K)·Hd:
 - sampling: V float32 logits for each row, twice (drawn from, and their cumulated or perturbed copy), and what decodes
   beside the base: the adapter in the compute dtype, its B's laid out for the base's matrices (`jgrpo.lora.fuse`), or
   the merged copy.
+- full fine-tuning (`lora: null`): the weights, float32, take the adapter's place; base is the copy of their start that the loss
+  compares them with; the rollout decodes with a copy in the compute dtype, and the head is cast to it as a packed one is.
 - runtime: workspaces of cuBLAS and cuDNN and compiled programs, 80 MB measured on an H200; none on a CPU.
 
 The coefficients are those of the layer's own data flow; tests hold them to 10 % of what XLA plans for compiled steps.
@@ -50,6 +52,7 @@ from jgrpo.rollout.weights import at_once, cache_bytes, fused_bytes, matrix_shap
 from jgrpo.training.adam8bit import state_bytes
 from jgrpo.training.forward import logprob_chunk, packed_head_chunks
 from jgrpo.training.preference import CHOSEN_THEN_REJECTED, largest_divisor
+from jgrpo.training.trained import keeps_start
 from pallas_kernels.reference import row_block
 
 RUNTIME_BYTES = 80_000_000
@@ -74,6 +77,8 @@ class MemoryPlan:
     logprobs: int
     host: int
     """In the host's memory, not counted in the total."""
+    is_full: bool = False
+    """The whole model is trained: it stands in the adapter's place, and the base is what the loss compares it with."""
 
     @property
     def resident(self) -> int:
@@ -110,13 +115,15 @@ class MemoryPlan:
         work = "layer" if self.layer >= self.logprobs else "logprobs"
         on_host = f", {self.host / 1e9:.2f} GB on the host" if self.host else ""
         return [
-            ("base", self.base, "frozen weights"),
-            ("adapter", self.adapter, "LoRA, float32; a critic's and a reference's too"),
+            ("base", self.base, "frozen copy of the start: reference" if self.is_full else "frozen weights"),
+            ("weights", self.adapter, "trained, float32; a synced reference too")
+            if self.is_full
+            else ("adapter", self.adapter, "LoRA, float32; a critic's and a reference's too"),
             ("optimizer", self.optimizer, "AdamW's moments"),
             ("runtime", self.runtime, "workspaces of the libraries"),
             ("KV cache", self.kv_cache, "rollout"),
             ("prefill", self.prefill, "rollout"),
-            ("sampling", self.sampling, "rollout: logits, adapter or merged copy"),
+            ("sampling", self.sampling, f"rollout: logits, {'copy' if self.is_full else 'adapter or merged copy'}"),
             ("gradients", self.gradients, "update"),
             ("activations", self.layer_inputs, f"update: layer inputs{on_host}"),
             ("one layer", self.layer, "update" + (": at its peak" if work == "layer" else "")),
@@ -143,21 +150,21 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
     layers = shape.num_layers
     prompts = at_once(config.rollout, config.training.prompts_per_step)
     rows = prompts * config.rollout.num_generations
-    decoding = merged_bytes(model) if config.rollout.rollout_weights == "bf16" else fused_bytes(model)
     wide = 3 * (shape.hidden_size + shape.intermediate_size) * jnp.dtype(dtype).itemsize
     return MemoryPlan(
-        base=base_bytes(config, shape, dtype),
+        base=_start_bytes(config, shape, dtype) if config.lora.is_full else base_bytes(config, shape, dtype),
         adapter=4 * sum(trained) + reference_bytes(config, shape),
         optimizer=state_bytes(trained, config.optimizer.optimizer_bits),
         runtime=RUNTIME_BYTES if cudnn else 0,
         kv_cache=cache_bytes(model, config.rollout, (config.training.prompts_per_step, prompt_width)),
         prefill=prompts * prompt_width * wide + _dequantized(shape, jnp.dtype(dtype).itemsize),
-        sampling=2 * rows * shape.vocab_size * 4 + decoding,
+        sampling=2 * rows * shape.vocab_size * 4 + _decoding_bytes(config, model),
         gradients=2 * 4 * sum(trained),
         layer_inputs=forwards * ((2 if offloaded else layers) * layer_inputs + layers * kept),
         layer=peak,
         logprobs=_logprob_bytes(config, model),
         host=forwards * layers * layer_inputs if offloaded else 0,
+        is_full=config.lora.is_full,
     )
 
 
@@ -202,8 +209,24 @@ def microbatch(config: TrainConfig) -> tuple[int, int]:
     return batch, gcd(batch, group) if config.training.share_prompt else 1
 
 
+def _start_bytes(config: TrainConfig, shape: ModelConfig, dtype: Any) -> int:
+    """Bytes of the frozen copy that a whole model is compared with while it is trained."""
+    return base_bytes(config, shape, dtype) if keeps_start(config.algorithm) else 0
+
+
+def _decoding_bytes(config: TrainConfig, model: Transformer) -> int:
+    """Bytes of what decodes beside the base or the trained weights."""
+    if config.lora.is_full and jnp.dtype(model.dtype).itemsize < 4:
+        return base_bytes(config, model.config, model.dtype)
+    if config.rollout.rollout_weights == "bf16":
+        return merged_bytes(model)
+    return 0 if config.lora.is_full else fused_bytes(model)
+
+
 def adapter_sizes(config: TrainConfig, shape: ModelConfig) -> list[int]:
-    """Elements of each of the adapter's leaves: B and A of every module, stacked over the layers."""
+    """Elements of each leaf of the policy: of the whole model, or B and A of every module, stacked over the layers."""
+    if config.lora.is_full:
+        return [prod(leaf.shape) for leaf in jax.tree.leaves(base_shapes(shape))]
     modules = module_shapes(shape)
     widths = [width for name in own_modules(config.lora.target_modules, shape) for width in modules[name]]
     return [shape.num_layers * config.lora.lora_rank * width for width in widths]
@@ -242,6 +265,7 @@ def _logprob_bytes(config: TrainConfig, model: Transformer) -> int:
     states = 2 * completion * width * item
     head = ("embed",) if model.config.tie_embeddings else ("head",)
     if leaf_group_size(head, model.config, config.quantization) is None:
-        return min(chunk, completion) * model.config.vocab_size * (4 + item) + states
+        cast = model.config.vocab_size * width * item if config.lora.is_full and item < 4 else 0
+        return min(chunk, completion) * model.config.vocab_size * (4 + item) + states + cast
     chunk, entries = packed_head_chunks(model.config, item, chunk)
     return min(chunk, completion) * (entries * (4 + item) + 8 * width) + entries * width * item + states

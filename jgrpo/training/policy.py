@@ -13,6 +13,7 @@ from jgrpo.checkpoints.dynamic import resolve_quantization
 from jgrpo.checkpoints.hf import eos_ids, load_base, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.config import LoraConfig, ModelSettings, QuantizationConfig, RolloutConfig
 from jgrpo.data import Example, pad_prompts
+from jgrpo.lora import WEIGHTS
 from jgrpo.models import Transformer
 from jgrpo.models.rope import LENGTH_DEPENDENT
 from jgrpo.rollout import EnvironmentFactory, Prompts, Rollout, generate, generate_turns
@@ -22,10 +23,11 @@ from jgrpo.training.compilation import enable_compilation_cache
 
 @dataclass(frozen=True)
 class Policy:
-    """Frozen base, model and tokenizer; the adapter is always given separately."""
+    """Frozen base, model and tokenizer; the adapter, or whole weights in the base's place, are always given separately."""
 
     model: Transformer
     base: Mapping[str, Any]
+    """`{}` where whole weights are trained and nothing is compared with those at the start."""
     tokenizer: Any
     eos_ids: tuple[int, ...]
     environment: EnvironmentFactory | None = None
@@ -40,14 +42,16 @@ class Policy:
         """Name of the compute dtype."""
         return jnp.dtype(self.model.dtype).name
 
-    def describe(self) -> list[str]:
-        """What the user is told before the run."""
+    def describe(self, trained: Mapping[str, Any]) -> list[str]:
+        """What the user is told before the run, with what it trains."""
         config = self.model.config
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.base))
+        frozen, whole = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e6 for tree in (self.base, trained.get(WEIGHTS, {}))
+        )
+        parts = [f"{whole:,.1f} MB of weights, all trained, in float32"] if whole else []
+        parts += [f"{frozen:,.1f} MB of frozen weights"] if frozen else []
         shape = f"{config.num_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}"
-        return [
-            f"model: {config.family}, {shape}, {weights / 1e6:,.1f} MB of frozen weights, computing in {self.dtype}"
-        ]
+        return [f"model: {config.family}, {shape}, {', '.join(parts)}, computing in {self.dtype}"]
 
     def sample(
         self,
@@ -93,10 +97,14 @@ def load_policy(
     lora: LoraConfig,
     tokenizer: Any = None,
     context_length: int | None = None,
+    *,
+    stored: Any = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Policy:
     """Load a checkpoint, quantizing while it streams in; `tokenizer` saves loading it again.
 
-    `context_length` is that of the longest row to come (`with_context`).
+    `context_length` is that of the longest row to come (`with_context`), `stored` the dtype of unquantized weights (None: the
+    compute dtype). A `base` that is given takes the place of the checkpoint's weights.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of an unsupported kind.
@@ -105,8 +113,9 @@ def load_policy(
     path = resolve_checkpoint(settings.model, settings.revision)
     model = Transformer(load_model_config(path), lora, compute_dtype(settings))
     tokenizer = tokenizer or load_tokenizer(path)
-    quantization = resolve_quantization(path, model.config, quantization, model.dtype, tokenizer)
-    base = load_base(path, model.config, quantization, model.dtype)
+    if base is None:
+        quantization = resolve_quantization(path, model.config, quantization, model.dtype, tokenizer)
+        base = load_base(path, model.config, quantization, stored or model.dtype)
     policy = Policy(model, base, tokenizer, eos_ids(path, tokenizer), quantization=quantization)
     return policy if context_length is None else with_context(policy, context_length)
 

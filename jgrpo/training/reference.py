@@ -1,4 +1,4 @@
-"""The reference policy: the base with an adapter of its own, or with none. Never a copy of the base.
+"""The reference policy: the base with an adapter of its own, or with none; a copy of the base only in full fine-tuning.
 
 - `{}`, the default: the base model, adapter off.
 - `reference_adapter`: a frozen earlier adapter, for a run that continues from it. Its scale may differ from the trained one's
@@ -6,6 +6,8 @@
 - `reference_sync_steps`: a copy of the trained adapter, renewed every N steps (the moving reference of Gorbatovski et al.
   2024, arXiv:2404.09656, as a hard update). A soft update α·π + (1 − α)·π_ref is left out: the mean of two adapters' A and B
   is not the adapter of the mean weights.
+
+Where the whole model is trained, the reference is the copy of its start that stays in the base's place, or (synced) a copy.
 """
 
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ from jgrpo.rollout import Rollout
 from jgrpo.training.forward import Rows, at_length, rows_of
 from jgrpo.training.state import TrainState
 from jgrpo.training.step import batch_split, policy_forward
+from jgrpo.training.trained import keeps_start
 
 Lora = Mapping[str, Any]
 
@@ -41,13 +44,21 @@ def initial_reference(config: TrainConfig, model_config: ModelConfig, lora: Lora
     return copy_of(lora) if config.algorithm.reference_sync_steps else {}
 
 
-def describe_reference(config: AlgorithmConfig) -> str:
+def describe_reference(config: AlgorithmConfig, is_full: bool = False) -> str:
     """What the user is told of it before the run."""
+    if is_full:
+        return _describe_full(config)
     if config.reference_adapter is not None:
         return f"reference: adapter {config.reference_adapter}"
     if config.reference_sync_steps:
         return f"reference: the trained adapter of up to {config.reference_sync_steps} steps ago"
     return "reference: the base model, adapter off"
+
+
+def _describe_full(config: AlgorithmConfig) -> str:
+    if config.reference_sync_steps:
+        return f"reference: a copy of the weights of up to {config.reference_sync_steps} steps ago"
+    return "reference: a frozen copy of the weights at the start" if keeps_start(config) else "no reference"
 
 
 def rescaled(adapter: Lora, own: LoraConfig, used: LoraConfig) -> Lora:

@@ -11,7 +11,7 @@ from jgrpo.errors import UserError
 from jgrpo.validation import check_resume, with_output_dir
 
 C = TypeVar("C", TrainConfig, SftConfig)
-CONFIG, CHECKPOINTS, ADAPTER = "config.yaml", "checkpoints", "adapter"
+CONFIG, CHECKPOINTS, ADAPTER, MODEL = "config.yaml", "checkpoints", "adapter", "model"
 
 
 def check_directory(config: C) -> C:

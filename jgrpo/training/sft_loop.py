@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgrpo.checkpoints.adapter import export_adapter, replace_by_adapter, start_adapter
+from jgrpo.checkpoints.adapter import replace_by_adapter
 from jgrpo.checkpoints.hf import eos_ids as stop_ids
 from jgrpo.checkpoints.hf import load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
@@ -30,10 +30,11 @@ from jgrpo.training.forward import logprob_chunk
 from jgrpo.training.guards import StopSignals, check_finite
 from jgrpo.training.loop import Stopped
 from jgrpo.training.optimizer import make_optimizer
-from jgrpo.training.policy import Policy, load_policy
-from jgrpo.training.run_directory import ADAPTER, CHECKPOINTS, check_directory, claim_directory
+from jgrpo.training.policy import Policy, compute_dtype, load_policy
+from jgrpo.training.run_directory import CHECKPOINTS, check_directory, claim_directory
 from jgrpo.training.sft_step import SupervisedBatch, sft_loss, sft_step
 from jgrpo.training.state import TrainState, committed
+from jgrpo.training.trained import export_trained, loaded_dtype, outcome, shapes_of, starting_point
 
 
 def sft(config: SftConfig) -> TrainState:
@@ -56,7 +57,9 @@ def sft(config: SftConfig) -> TrainState:
         pairs = load_pairs(config.data, tokenizer, ends, "train", seed)
         evaluates = config.evaluation.eval_every > 0 and has_held_out_pairs(config.data)
         held_out = load_pairs(config.data, tokenizer, ends, "test", seed) if evaluates else None
-        policy = load_policy(config.model, config.quantization, config.lora, tokenizer, config.data.max_length)
+        stored = loaded_dtype(config.lora, compute_dtype(config.model))
+        how = config.model, config.quantization, config.lora, tokenizer, config.data.max_length
+        policy = load_policy(*how, stored=stored)
         config = dataclasses.replace(config, quantization=policy.quantization)
         claim_directory(config)
         run = SupervisedRun(config, policy, pairs, held_out, signals)
@@ -82,14 +85,14 @@ class SupervisedRun:
         held_out: PairDataset | None,
         signals: StopSignals,
     ):
-        self.config, self.policy, self.pairs, self.signals = config, policy, pairs, signals
+        self.config, self.pairs, self.signals = config, pairs, signals
         self.held_out = None if held_out is None else held_out.pairs[: config.evaluation.eval_prompts]
         self.directory = Path(config.run.output_dir)
         self.optimizer = make_optimizer(config.optimizer, config.training.steps)
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.run.keep_last)
         self.reporter = make_reporter(config)
         init_key, run_key = jax.random.split(jax.random.key(config.training.seed))
-        lora = start_adapter(init_key, config.lora, policy.model.config)
+        self.policy, lora = starting_point(init_key, config.lora, policy, keep_start=False)
         self.state = TrainState.create(lora, self.optimizer, run_key)
         self.lengths = [len(pair) for pair in pairs.pairs]
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
@@ -109,16 +112,8 @@ class SupervisedRun:
                 self.summary = f"stopped by a signal after step {step}; continue with --resume"
                 raise Stopped(self.signals.exit_code)
         self._save(steps)
-        model = self.config.model.model
-        export_adapter(
-            self.directory / ADAPTER,
-            self.state.lora,
-            self.config.lora,
-            self.policy.model.config,
-            model,
-            replace=True,
-        )
-        self.summary = f"done: {steps} steps; the adapter is in {self.directory / ADAPTER}"
+        path = export_trained(self.directory, self.config, self.policy, self.state.lora)
+        self.summary = f"done: {steps} steps; {outcome(path)}"
         return self.state
 
     def close(self) -> None:
@@ -209,7 +204,8 @@ class SupervisedRun:
     def _restore(self) -> int | None:
         if not self.config.run.resume or self.checkpoints.latest_step is None:
             return None
-        lora, rest, meta = self.checkpoints.restore(self.state.lora, dataclasses.replace(self.state, lora={}))
+        wanted = self.state = shapes_of(self.state)
+        lora, rest, meta = self.checkpoints.restore(wanted.lora, dataclasses.replace(wanted, lora={}))
         self.state, self.num_tokens = committed(rest.replace(lora=lora)), meta["num_tokens"]
         return int(self.state.step)
 
@@ -219,7 +215,7 @@ class SupervisedRun:
         held_out = f"{len(self.held_out)} held out" if self.held_out else "no evaluation"
         fill = tokens / (len(rows) * self.config.data.max_length)
         return [
-            *self.policy.describe(),
+            *self.policy.describe(self.state.lora),
             f"data: {len(self.pairs)} examples{dropped}, {held_out}; {len(rows)} rows an epoch, {fill:.0%} filled",
         ]
 

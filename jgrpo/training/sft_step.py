@@ -18,6 +18,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jgrpo.lora import variables_of
 from jgrpo.models import Transformer
 from jgrpo.training.forward import head_logprobs
 from jgrpo.training.state import TrainState
@@ -92,7 +93,7 @@ def packed_logprobs(
 ) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
     """log π and entropy at the tokens 1 … T − 1 of packed rows (fields `[B, …]`), 0 outside the completions."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    variables = {"params": base, "lora": lora}
+    variables = variables_of(base, lora)
     hidden: Any = model.apply(
         variables,
         part.tokens,

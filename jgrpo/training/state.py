@@ -19,13 +19,13 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
         step: rollout batches trained on so far.
-        lora: adapter parameters, float32.
+        lora: what is trained, float32: an adapter, or `{"weights": …}`, the whole model.
         opt_state: state of the optax optimizer.
         key: the run's key; step s samples with `fold_in(key, s)`, so the key itself never changes.
         cursor: (epoch, index) of the next prompt in the data order.
         nonfinite: updates skipped in a row because the loss or the gradient was not finite.
         critic: PPO's value function, trained by the same optimizer; `{}` elsewhere.
-        reference: adapter of the reference policy, never trained; `{}`: the base model.
+        reference: of the reference policy, in the same form, never trained; `{}`: the base model.
         coefficients: what controllers adapt from step to step, such as beta; `{}`: nothing is adapted.
     """
 
