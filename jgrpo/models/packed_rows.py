@@ -8,9 +8,10 @@ as in `shared_prompt`, so that cuDNN's kernel with its row lengths applies: for 
 Why not the `segments` of `Transformer.__call__`: they keep a row's prompt with each completion, G·(P + C) instead of P + G·C
 positions, need a bin for every row (none is split), and cuDNN's public entry knows no segments. Why not rows sorted by length
 into microbatches that are cut to a few lengths: with G = 8 completions a prompt the longest of a group is nearly always the
-limit, so either prompts are computed again or little is saved.
+limit, so either prompts are computed again or little is saved (the arithmetic is in docs/memory.md).
 
-Both ways between the layouts are gathers, and so are their gradients: no scatter, hence reproducible on a GPU.
+Both ways between the layouts are gathers, and so are their gradients: nothing is added up by a scatter, so they are
+reproducible on a GPU.
 """
 
 from typing import Any
