@@ -1,7 +1,7 @@
 """Quantized matrix -> 16-bit matrix for NVIDIA GPUs (sm_80 and up): bound by the bytes it writes.
 
-XLA's own fusion of the unpacking reaches a sixth of the memory's speed on an H200, and a training step dequantizes every
-matrix three times a microbatch. Here a program unpacks a block of bytes in registers: the low nibbles of a group are
+XLA's own fusions of the unpacking reach a third of the memory's speed on an H200 (this kernel: 57 %), and a training step
+dequantizes a layer nearly three times a microbatch. Here a program unpacks a block of bytes in registers: the low nibbles of a group are
 its first half, the high ones its second, so each is stored as one contiguous run.
 """
 

@@ -171,7 +171,7 @@ def _backward(out_dtype, how, static_layer, residuals, g):
         return None, None, None, None, None, None
     g = g.astype(like_x.dtype)
     layer_weight = reference.layer_weight if how[0] == dispatch.REFERENCE else dequantized.layer_weight
-    dx = reference.transposed_product(g, packed, scales, layer, how[1], layer_weight)
+    g, dx = reference.transposed_product(g, packed, scales, layer, how[1], layer_weight)
     if xa is None:
         return dx, None, None, None, None, None
     b = _lora_layer(lora_b, layer).astype(g.dtype)
