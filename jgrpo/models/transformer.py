@@ -28,6 +28,7 @@ from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
 from jgrpo.models.decoding import DecodeLayers
+from jgrpo.models.linear import PRODUCT, LayerProducts, Observe, of_layer
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
@@ -39,10 +40,6 @@ from pallas_kernels.rope_cache import write as write_slot
 Attend = Callable[[Array], tuple[Array, Any]]
 """q, k and v of one layer as projected -> (attention output, whatever the caller keeps of k and v)."""
 
-Observe = Callable[[str, Array], None]
-"""(name of a matrix, its input): told of every linear layer while a layer is traced."""
-
-
 LAYER_INPUT = "layer_input"
 """What remat keeps of a layer, by its name for checkpoint policies."""
 OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -51,8 +48,6 @@ OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names
     offload_src="device",
     offload_dst="pinned_host",
 )
-PRODUCT = "product"
-"""Result of a linear layer, by its name for checkpoint policies."""
 KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 """Without remat: the backward repeats what memory bandwidth pays for (norms, gates, the attention), and no matrix product.
 Keeping every activation instead would be three times the memory and, on an H200, no faster: writing them costs as much."""
@@ -239,7 +234,7 @@ class Transformer(nn.Module):
         observe: Observe | None = None,
     ) -> tuple[Array, Any]:
         """x + attention(norm x), then x + mlp(norm x), with x `[…, D]`."""
-        linear = _Linear(weights, layer, adapter, self.lora.lora_dropout, dropout_key, observe)
+        linear = LayerProducts(weights, layer, adapter, self.lora.lora_dropout, dropout_key, observe)
 
         h = self._norm(x, weights["input_norm"], layer)
         attended, kept = attend(linear("qkv", h))
@@ -301,7 +296,7 @@ class Transformer(nn.Module):
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
 
     def _norm(self, x: Array, scale: Array, layer: int | Array | None = None) -> Array:
-        return rms_norm(x, _of_layer(scale, layer), self.config.rms_norm_eps, self.config.norm_offset)
+        return rms_norm(x, of_layer(scale, layer), self.config.rms_norm_eps, self.config.norm_offset)
 
     def _out_norm(self, y: Array, weights: Any, name: str, layer: int | Array) -> Array:
         return self._norm(y, weights[name], layer) if self.config.sandwich_norms else y
@@ -358,47 +353,6 @@ class Transformer(nn.Module):
 
     def _lora(self) -> Any:
         return self.variables.get("lora", {})
-
-
-class _Linear:
-    """The linear layers of one layer: base matrix, bias and adapter behind one name."""
-
-    def __init__(
-        self,
-        weights: Any,
-        layer: int | Array,
-        adapter: dict[str, tuple[Array, Array]],
-        rate: float,
-        key: Array | None,
-        observe: Observe | None = None,
-    ) -> None:
-        self.weights, self.layer, self.adapter, self.rate, self.key = weights, layer, adapter, rate, key
-        self.observe = observe
-
-    def __call__(self, name: str, x: Array) -> Array:
-        if self.observe is not None:
-            self.observe(name, x)
-        weight, adapter = self.weights[name], self.adapter.get(name)
-        if adapter is not None and self.key is not None:
-            y = matmul(x, weight, self.layer)
-            a, b = adapter
-            y = y + jnp.einsum("...r,nr->...n", jnp.einsum("...k,rk->...r", self._drop(name, x), a), b)
-        else:
-            y = matmul(x, weight, self.layer, adapter)
-        bias = self.weights.get(f"{name}_bias")
-        return checkpoint_name(y if bias is None else y + _of_layer(bias, self.layer).astype(y.dtype), PRODUCT)
-
-    def _drop(self, name: str, x: Array) -> Array:
-        # Inverted dropout on the adapter's input, one mask for each base matrix.
-        assert self.key is not None
-        key = jax.random.fold_in(self.key, sorted(self.adapter).index(name))
-        keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
-
-
-def _of_layer(vector: Array, layer: int | Array | None) -> Array:
-    """`[D]` of a layer: a row of the stack, or what has no layer axis itself."""
-    return vector if vector.ndim == 1 else vector[layer]
 
 
 def _is_fused(lora: Any) -> bool:

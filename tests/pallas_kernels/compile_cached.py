@@ -21,7 +21,13 @@ def main() -> None:
         lambda event, seconds, **_: times.append(seconds) if event == COMPILE_EVENT else None
     )
     versions = [
-        Request(("*fp32", "*fp32", "*bf16"), (("D", depth), ("SPLITS", 3), ("SPLITS_PAD", 4)), warps, 3, 90)
+        Request(
+            ("*fp32", "*fp32", "*bf16", "*bf16"),
+            (("D", depth), ("SPLITS", 3), ("SPLITS_PAD", 4), ("PERMUTED", False)),
+            warps,
+            3,
+            90,
+        )
         for depth, warps in ((64, 1), (128, 1), (64, 2), (64, 1))
     ]
     texts = [compiled(merge_kernel, version).ptx for version in versions]
