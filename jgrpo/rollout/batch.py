@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,20 +45,30 @@ def generate(
     """Draw `config.num_generations` completions of every prompt, each of at most `config.max_completion_length` tokens.
 
     Compiled once for each shape of `prompts`, and once for each shape that long tails shrink to when one first does. The
-    same key gives the same tokens; `lora = {}` samples from the base model, `{"weights": …}` from those. `row_limits` gives rows lower limits of
-    their own. With `config.prompts_at_once` so many prompts are sampled after each other, all in the same programs, and
-    every row draws what it draws with all at once. Not to be called inside `jit`: it looks at which rows have ended;
-    `rollout_program` is.
+    same key gives the same tokens; `lora = {}` samples from the base model, `{"weights": …}` from those. `row_limits` gives
+    rows lower limits of their own. With `config.prompts_at_once` so many prompts are sampled after each other, all in the
+    same programs, and every row draws what it draws with all at once. Returns when the rollout is done. Not to be called
+    inside `jit`: it looks at which rows have ended; `rollout_program` is.
     """
     questions, width = prompts.tokens.shape
     weights = decoded(model, base, lora, config, (questions, width))
     draw = functools.partial(_generate, model, *weights, config=config, eos_ids=eos_ids, pad_id=pad_id)
     size = at_once(config, questions)
-    if size == questions:
-        return draw(prompts, key, row_limits)
-    keys = row_keys(key, (questions, config.num_generations))
-    parts = _parts(size, prompts, keys, row_limits, config.max_completion_length)
-    return jax.tree.map(lambda *drawn: jnp.concatenate(drawn)[:questions], *(draw(*part) for part in parts))
+    parts: Iterable[Any] = [(prompts, key, row_limits)]
+    if size < questions:
+        keys = row_keys(key, (questions, config.num_generations))
+        parts = _parts(size, prompts, keys, row_limits, config.max_completion_length)
+    # By way of the host, once nothing else of the sampling is alive. The small arrays of a rollout were allocated behind its
+    # KV cache: left there, they cut what is free in two when the cache goes, and an update that needs most of it finds no
+    # piece that is large enough (seen with an allocator capped at 3.4 GB).
+    hosts: list[Rollout] = []
+    places: Any = None
+    for part in parts:
+        drawn = draw(*part)
+        places = jax.tree.map(lambda array: array.sharding, drawn)
+        hosts.append(jax.device_get(drawn))
+        del drawn
+    return jax.device_put(jax.tree.map(lambda *arrays: np.concatenate(arrays)[:questions], *hosts), places)
 
 
 def _parts(
