@@ -18,10 +18,10 @@ from jgrpo.errors import UserError
 from jgrpo.lora import WEIGHTS, init_lora
 from jgrpo.models import KVCache, ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
-from jgrpo.rollout import Rollout
 from jgrpo.settings import flatten
-from jgrpo.training import Batch, TrainState
+from jgrpo.training import TrainState
 from jgrpo.training.algorithms import ALGORITHMS
+from jgrpo.training.compiled_memory import batch_shapes
 from jgrpo.training.fitting import alternatives, best_fit, check_memory, parse_bytes, refusal, setting_flags
 from jgrpo.training.memory import plan_memory
 from tests.training.setup import cached_optimizer, settings
@@ -52,8 +52,7 @@ def config(**values):
 @cache
 def compiled(config):
     """XLA's own figures for a step, from shapes alone."""
-    shape, optimizer = jax.ShapeDtypeStruct, cached_optimizer(config.optimizer)
-    questions, group, length = config.training.prompts_per_step, *_lengths(config)
+    optimizer = cached_optimizer(config.optimizer)
     base, lora = _base_and_trained(config)
     algorithm = ALGORITHMS[config.algorithm.algorithm]
     critic = jax.eval_shape(lambda: (algorithm.init_critic or (lambda *_: {}))(jax.random.key(2), config.lora, SHAPE))
@@ -62,18 +61,7 @@ def compiled(config):
     )
     if config.algorithm.reference_sync_steps:
         state = state.replace(reference=lora)
-    per_token, per_row = (questions, group, length), (questions, group)
-    rollout = Rollout(
-        prompt_tokens=shape((questions, PROMPT), jnp.int32),
-        prompt_lengths=shape((questions,), jnp.int32),
-        completion_tokens=shape(per_token, jnp.int32),
-        completion_lengths=shape(per_row, jnp.int32),
-        completion_mask=shape(per_token, jnp.bool_),
-        logprobs=shape(per_token, jnp.float32),
-        log_kept=shape(per_token, jnp.float32),
-        finish=shape(per_row, jnp.int32),
-    )
-    batch = Batch(rollout=rollout, rewards=shape(per_row, jnp.float32), advantages=shape(per_row, jnp.float32))
+    batch = batch_shapes(config, PROMPT)
     model = Transformer(SHAPE, config.lora)
     how = dict(model=model, optimizer=optimizer, config=config)
     return algorithm.step.lower(state, base, batch, **how).compile().memory_analysis()
@@ -87,10 +75,6 @@ def _base_and_trained(config):
     if not config.quantization.skip_modules:
         base["embed"] = _packed(base["embed"], "down", config)
     return base, jax.eval_shape(lambda: init_lora(jax.random.key(0), config.lora, SHAPE))
-
-
-def _lengths(config):
-    return config.rollout.num_generations, config.rollout.max_completion_length
 
 
 def _packed(leaf, name, config):
