@@ -74,7 +74,7 @@ def load_base(
         parent = base["layers"] if leaf[0] == "layers" else base
         host = allocate_leaf(storages[leaf], shape, jnp.dtype(dtype))
         _fill(host, plan[leaf], tensors)
-        # One transfer at a time: each holds a copy in the runtime's staging memory, whose peak is not given back.
+        # One transfer at a time, so that no more than one array waits on the host while its copy is under way.
         parent[leaf[-1]] = jax.block_until_ready(jax.tree.map(put, host))
     return base
 

@@ -29,7 +29,7 @@ from jgrpo.lora import variables_of
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.shared_prompt import SharedPrompt
-from jgrpo.quantization import Int4Weight
+from jgrpo.quantization import Int4Weight, PackedWeight, dequantize
 from jgrpo.rollout import Rollout
 
 T = TypeVar("T")
@@ -261,7 +261,9 @@ def head_logprobs(
     """log π(target) and the entropy of π from the hidden states that predict the targets; 0 outside the mask."""
     head: Any = model.apply(variables, method="head_weight")
     arrays, entries = head, None
-    if isinstance(head, Int4Weight):
+    if isinstance(head, PackedWeight) and not (isinstance(head, Int4Weight) and head.zeros is None):
+        arrays = dequantize(head, hidden.dtype)  # rare, in checkpoints that come quantized: whole, and right
+    elif isinstance(head, Int4Weight):
         arrays = (head.packed, head.scales)
         chunk, entries = packed_head_chunks(model.config, hidden.dtype.itemsize, chunk)
     flat = hidden.reshape(-1, hidden.shape[-1])

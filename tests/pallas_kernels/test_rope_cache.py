@@ -13,8 +13,6 @@ from tests.pallas_kernels.oracles import relative_error
 
 EPS, LAYER, SLOT = 1e-5, 1, 4
 TOLERANCE = {"float16": 3e-3, "float32": 2e-6, "bfloat16": 2e-2}
-ROUNDING = {"float16": 2**-10, "float32": 0.0, "bfloat16": 2**-7}
-"""Of a value that was rounded four times in the compute dtype (normed, scaled, cos and sin, rotated), relative to the largest."""
 
 
 def case(normed: bool, dtype: str, questions=2, group=3, heads=6, kv_heads=2, depth=16, slots=7):
@@ -185,8 +183,8 @@ def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool, splits: 
         q_want, *want = oracle(*arguments)
         assert relative_error(q.float().cpu().numpy(), q_want) < TOLERANCE[dtype]
         for got, exact in zip((k, v), want, strict=True):
-            largest = np.abs(exact).max(-1, keepdims=True)
-            assert (np.abs(got.cpu().numpy() - exact) <= largest * (1.01 / 254 + ROUNDING[dtype])).all()
+            step = np.abs(exact).max(-1, keepdims=True) / 254
+            assert (np.abs(got.cpu().numpy() - exact) <= step * 1.01 + 1e-3 * (dtype != "float32")).all()
         return
     assert_close([a.float().cpu().numpy() for a in (q, k, v)], oracle(*arguments), dtype)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jgrpo.models import ModelConfig, Transformer
-from jgrpo.quantization import dequantize, quantize
+from jgrpo.quantization import Int4Weight, NF4Weight, dequantize, quantize
 from jgrpo.training import forward
 from jgrpo.training.forward import logprob_chunk, packed_head_chunks, packed_tokens, rows_of
 from tests.training.setup import (
@@ -142,6 +142,24 @@ def test_a_packed_head_is_read_in_slices(monkeypatch):
         assert packed_head_chunks(MODEL.config, 4, chunk) == blocks
         for got, want in zip(jax.tree.leaves(run(packed, chunk)), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["zero-points", "nf4"])
+def test_a_head_that_came_quantized_is_its_own_values(kind):
+    """With zero-points or in NF4, as GPTQ, AWQ and bitsandbytes may store it: the log-probabilities of the dequantized head."""
+    rng = np.random.default_rng(3)
+    shape = ModelConfig("qwen2", 96, 64, 64, 1, 2, 1, 32, tie_embeddings=True)
+    packed, scales = rng.integers(0, 256, (96, 32), np.uint8), rng.uniform(0.02, 0.1, (96, 2)).astype(np.float32)
+    zeros = jnp.asarray(rng.integers(0, 16, (96, 2), np.uint8))
+    pair = jnp.asarray(packed), jnp.asarray(scales)
+    head = Int4Weight(*pair, zeros) if kind == "zero-points" else NF4Weight(*pair)
+    hidden = jnp.asarray(rng.normal(size=(1, 5, 64)), jnp.float32)
+    targets, mask = jnp.asarray(rng.integers(0, 96, (1, 5))), jnp.ones((1, 5), bool)
+    how = dict(temperature=1.0, chunk=2)
+    got, entropy = forward.head_logprobs(Transformer(shape), {"params": {"embed": head}}, hidden, targets, mask, **how)
+    log_p = jax.nn.log_softmax(hidden @ dequantize(head, jnp.float32).T)
+    np.testing.assert_allclose(got, jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(entropy, -(jnp.exp(log_p) * log_p).sum(-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama-3.3-70b", "llama-3.1-8b", "qwen2.5-1.5b"])
