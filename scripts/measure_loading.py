@@ -5,7 +5,8 @@
 On a CPU the device is the host. On a GPU its allocator's peak is reported too, with preallocation off. The bound of each: 1.2 x
 the loaded model + the largest tensor of the file. Each format is loaded in a process of its own; with a peak above its
 bound the exit code is 1. Host memory is what is resident beyond the start of the load: the kernel's high-water mark, or,
-where that cannot be reset, samples every millisecond (`host_method`).
+where that cannot be reset, samples every millisecond (`host_method`). `host_left` is what has stayed when the load is done, by
+kind: anonymous memory, file pages (libraries; weights are read, not mapped) and shared memory.
 """
 
 import argparse
@@ -99,10 +100,14 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+KINDS = {"anonymous": "RssAnon", "file": "RssFile", "shared": "RssShmem"}
+
+
 class HostPeak:
-    """Context: by how much the resident memory of this process has exceeded its start, in `.bytes`."""
+    """Context: by how much the resident memory of this process has exceeded its start, in `.bytes`; what stayed in `.left`."""
 
     def __enter__(self) -> "HostPeak":
+        self.kinds = {kind: resident(field) for kind, field in KINDS.items()}
         self.before, self.method, self.done = resident("VmRSS"), "high-water mark", threading.Event()
         self.highest = self.before
         try:
@@ -122,6 +127,7 @@ class HostPeak:
         self.done.set()
         peak = resident("VmHWM") if self.method == "high-water mark" else max(self.highest, resident("VmRSS"))
         self.bytes = peak - self.before
+        self.left = {kind: resident(field) - self.kinds[kind] for kind, field in KINDS.items()}
 
 
 def load(directory: Path) -> None:
@@ -142,6 +148,7 @@ def load(directory: Path) -> None:
     stats = device.memory_stats() or {}
     result = {"device": device.device_kind, "model": sum(leaf.nbytes for leaf in jax.tree.leaves(base))}
     result |= {"host_peak": host.bytes, "host_method": host.method, "device_peak": stats.get("peak_bytes_in_use")}
+    result |= {"host_left": host.left}
     print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 1)}))
 
 

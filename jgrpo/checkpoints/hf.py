@@ -1,18 +1,20 @@
 """Load a Hugging Face checkpoint into the base pytree, quantizing while it streams in.
 
-Leaf by leaf: a stacked host array is allocated, every tensor of the leaf is read a block at a time, quantized group-wise
-and written at its layer and row offset (q, k and v share a matrix, so do gate and up), and the leaf is moved to the
-device. Besides that leaf the host holds one block for each reading thread; on a CPU the device takes the host array over
-without a copy. Names and shapes of all tensors are checked before any weights are read.
+Leaf by leaf and, where a stack is large, layer by layer: host arrays are allocated, every tensor is read a block at a
+time, quantized group-wise and written at its row offset (q, k and v share a matrix, so do gate and up), and the arrays
+are moved into the stack on the device. So the host holds one layer of one leaf (or the embedding or head) and a block for
+each reading thread, never a copy of the model. Names and shapes of all tensors are checked before any weights are read.
 
 A checkpoint that is already quantized keeps the form of each of its modules (`quantization: none` dequantizes them).
 Where modules that share a matrix of one layer differ in form, that layer is kept dense, with the values of the format.
 """
 
 import difflib
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,8 +27,9 @@ from jgrpo.checkpoints.formats import BLOCK_BYTES, Tensor, read_scheme, readers
 from jgrpo.checkpoints.names import MATRICES, Leaf, Placement, leaf_shapes, modules_of, placements
 from jgrpo.checkpoints.safetensors_io import TensorInfo, read_rows, row_blocks
 from jgrpo.checkpoints.source import load_model_config, read_config, resolve_checkpoint, tensor_index
-from jgrpo.checkpoints.storage import DENSE, Storage, allocate_leaf, common_storage, write
+from jgrpo.checkpoints.storage import DENSE, Storage, allocate, common_storage, join_forms, layers_by_form, write
 from jgrpo.checkpoints.tokenizer import eos_ids, load_tokenizer
+from jgrpo.checkpoints.transfer import PIECE_BYTES, insert, put
 from jgrpo.config import LINEAR_MODULES, QuantizationConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import matrix_modules, module_shapes, own_modules
@@ -52,15 +55,12 @@ def load_base(
     model_config: ModelConfig,
     quantization: QuantizationConfig,
     dtype: Any = jnp.float32,
-    *,
-    put: Callable[[np.ndarray], jax.Array] = jax.device_put,
 ) -> Params:
     """The frozen base pytree (`jgrpo.models.base_shapes`) of a local directory, a hub id or "demo".
 
     Matrices become `Int4Weight` unless `quantization` says "none" or skips them; everything else has `dtype`.
-    `put` moves one finished host array to the device. "dynamic" widens what `wide_matrices` names
-    (`jgrpo.checkpoints.dynamic.resolve_quantization` chooses them). Raises UserError naming the file or tensor that is
-    missing, damaged, of the wrong shape, or not divisible by the group size.
+    "dynamic" widens what `wide_matrices` names (`jgrpo.checkpoints.dynamic.resolve_quantization` chooses them). Raises
+    UserError naming the file or tensor that is missing, damaged, of the wrong shape, or not divisible by the group size.
     """
     directory = resolve_checkpoint(path)
     index = tensor_index(directory)
@@ -72,11 +72,58 @@ def load_base(
     base: Params = {"layers": {}}
     for leaf, shape in leaf_shapes(model_config).items():
         parent = base["layers"] if leaf[0] == "layers" else base
-        host = allocate_leaf(storages[leaf], shape, jnp.dtype(dtype))
-        _fill(host, plan[leaf], tensors)
-        # One transfer at a time, so that no more than one array waits on the host while its copy is under way.
-        parent[leaf[-1]] = jax.block_until_ready(jax.tree.map(put, host))
+        reader = _LeafReader(plan[leaf], tensors, shape, jnp.dtype(dtype))
+        parent[leaf[-1]] = reader.stacks(storages[leaf]) if leaf[0] == "layers" else reader.matrix(storages[leaf][0])
     return base
+
+
+@dataclass(frozen=True)
+class _LeafReader:
+    """Brings one leaf to the device."""
+
+    placed: list[Placement]
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+    """Unquantized; of a stack, layers first."""
+    dtype: np.dtype
+    """Of what stays dense."""
+
+    def matrix(self, form: Storage) -> Any:
+        """A leaf without layers."""
+        return jax.tree.map(put, self._read(allocate(form, self.shape, self.dtype), {None: None}))
+
+    def stacks(self, storages: list[Storage]) -> Any:
+        """A leaf whose layers have the forms `storages`: a stack, or a `MixedWeight` of one stack for each form."""
+        members = layers_by_form(storages)
+        return join_forms(members, tuple(self._stack(form, layers) for form, layers in members.items()))
+
+    def _stack(self, form: Storage, layers: list[int]) -> Any:
+        """`layers` of one form: at once where they are small, else one after the other."""
+        shape = (len(layers), *self.shape[1:])
+        structs = allocate(form, shape, self.dtype, jax.ShapeDtypeStruct)
+        if sum(struct.size * struct.dtype.itemsize for struct in jax.tree.leaves(structs)) <= PIECE_BYTES:
+            host = allocate(form, shape, self.dtype)
+            return jax.tree.map(put, self._read(host, {layer: i for i, layer in enumerate(layers)}))
+        stack = jax.tree.map(lambda struct: jnp.zeros(struct.shape, struct.dtype), structs)
+        host = allocate(form, shape[1:], self.dtype)
+        for i, layer in enumerate(layers):
+            stack = jax.tree.map(functools.partial(insert, layer=i), stack, self._read(host, {layer: None}))
+        return stack
+
+    def _read(self, host: Any, places: Mapping[int | None, int | None]) -> Any:
+        """Fill `host`, in parallel, with the layers that `places` gives a place on its axis 0 (None: it has no such axis)."""
+
+        def store(placement: Placement, rows: slice, columns: tuple[int, int]) -> None:
+            values = self.tensors[placement.name].read(rows, columns)
+            target = slice(placement.start + rows.start, placement.start + rows.stop)
+            write(host, places[placement.layer], target, columns, values)
+
+        placed = [placement for placement in self.placed if placement.layer in places]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            blocks = ((placement, *window) for placement in placed for window in self.tensors[placement.name].blocks())
+            for done in [pool.submit(store, *block) for block in blocks]:
+                done.result()
+        return host
 
 
 def _storages(
@@ -116,18 +163,6 @@ def _wide_layers(leaf: Leaf, model_config: ModelConfig, quantization: Quantizati
         )
     entries = [known[entry] for entry in quantization.wide_matrices]
     return {layer: code for matrix, layer, code in entries if matrix == leaf[-1]}
-
-
-def _fill(host: Any, placed: list[Placement], tensors: Mapping[str, Tensor]) -> None:
-    def store(placement: Placement, rows: slice, columns: tuple[int, int]) -> None:
-        values = tensors[placement.name].read(rows, columns)
-        target = slice(placement.start + rows.start, placement.start + rows.stop)
-        write(host, placement.layer, target, columns, values)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        blocks = ((placement, *window) for placement in placed for window in tensors[placement.name].blocks())
-        for done in [pool.submit(store, *block) for block in blocks]:
-            done.result()
 
 
 def leaf_group_size(leaf: Leaf, model_config: ModelConfig, quantization: QuantizationConfig) -> int | None:

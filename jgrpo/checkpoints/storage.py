@@ -1,4 +1,4 @@
-"""How the base's leaves lie in host memory while they are filled: which form each layer has, and writing blocks into it.
+"""How the base's matrices lie in host memory while they are filled: which form each layer has, and writing blocks into it.
 
 A leaf whose layers all have one form is a stack; one whose layers differ (a checkpoint or a memory budget keeps some of
 them wide) is a `MixedWeight` of one stack for each form.
@@ -6,6 +6,7 @@ them wide) is a `MixedWeight` of one stack for each form.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,43 +40,43 @@ def storage_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def allocate(storage: Storage, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    """Host arrays of a matrix or a stack `shape`; `dtype` is that of the dense form."""
+def allocate(storage: Storage, shape: tuple[int, ...], dtype: np.dtype, make: Callable[..., Any] | None = None) -> Any:
+    """Host arrays of a matrix or a stack `shape`; `dtype` is that of the dense form, `make(shape, dtype)` an array.
+
+    By default those are uninitialized host arrays; `jax.ShapeDtypeStruct` allocates nothing.
+    """
+    make = make or empty
     if storage.code == "dense":
-        return empty(shape, dtype)
+        return make(shape, dtype)
     *lead, width = shape
     groups = (*lead, width // storage.group_size)
-    scales = empty(groups, storage_dtype(storage.scale_dtype))
+    scales = make(groups, storage_dtype(storage.scale_dtype))
     if storage.code == "int8":
-        return Int8Weight(_host(empty(shape, np.dtype(np.int8))), _host(scales))
-    packed = empty((*lead, width // 2), np.dtype(np.uint8))
+        return Int8Weight(make(tuple(shape), np.dtype(np.int8)), scales)
+    packed = make((*lead, width // 2), np.dtype(np.uint8))
     if storage.zeros:
-        return Int4Weight(_host(packed), _host(scales), _host(empty(groups, np.dtype(np.uint8))))
+        return Int4Weight(packed, scales, make(groups, np.dtype(np.uint8)))
     return _FORMS[storage.code](packed, scales)
 
 
-def _host(array: np.ndarray) -> Any:
-    """Host arrays in a pytree whose fields are annotated for the device."""
-    return array
+def layers_by_form(storages: list[Storage]) -> dict[Storage, list[int]]:
+    """The layers that have each form, in the order in which the forms first appear."""
+    return {form: [i for i, storage in enumerate(storages) if storage == form] for form in dict.fromkeys(storages)}
 
 
-def allocate_leaf(storages: list[Storage], shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    """Host arrays of a leaf, whose `storages` are those of its layers (of the leaf itself where it is no stack)."""
-    forms = list(dict.fromkeys(storages))
-    if len(forms) == 1:
-        return allocate(forms[0], shape, dtype)
-    members = [[i for i, storage in enumerate(storages) if storage == form] for form in forms]
-    parts = tuple(allocate(form, (len(m), *shape[1:]), dtype) for form, m in zip(forms, members, strict=True))
-    part_of = [forms.index(storage) for storage in storages]
-    return MixedWeight(parts, tuple((part, members[part].index(i)) for i, part in enumerate(part_of)))
+def join_forms(members: dict[Storage, list[int]], stacks: tuple[Any, ...]) -> Any:
+    """The leaf that consists of one stack for each form, which hold the layers `members`."""
+    if len(stacks) == 1:
+        return stacks[0]
+    where = {layer: (part, i) for part, layers in enumerate(members.values()) for i, layer in enumerate(layers)}
+    return MixedWeight(stacks, tuple(where[layer] for layer in sorted(where)))
 
 
 def write(host: Any, layer: int | None, rows: slice, columns: Columns, values: Any) -> None:
-    """Store a block, an array or a packed form, at its place in a leaf, rounding or dequantizing it where forms differ."""
-    if isinstance(host, MixedWeight):
-        assert layer is not None
-        part, layer = host.where[layer]
-        host = host.parts[part]
+    """Store a block, an array or a packed form, at its place in a matrix or, with `layer`, in a stack of them.
+
+    It is rounded or dequantized where its form is not the one it is stored in.
+    """
     packed = not isinstance(host, np.ndarray)
     if packed and isinstance(values, np.ndarray):
         values = _ROUND[host.code](values, host.group_size, host.scales.dtype)

@@ -11,8 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from jgrpo.checkpoints import hf, transfer
 from jgrpo.checkpoints.hf import load_base, load_model_config, resolve_checkpoint
 from jgrpo.checkpoints.names import modules_of
+from jgrpo.checkpoints.transfer import PIECE_BYTES
 from jgrpo.config import QuantizationConfig
 from jgrpo.errors import UserError
 from jgrpo.models import base_shapes, model_config_from_hf
@@ -91,7 +93,30 @@ def test_quantized_base_does_not_depend_on_the_compute_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["int4", "none"])
-def test_peak_host_memory_is_the_result_and_one_tensor(big, quantization):
+def test_host_holds_one_layer_and_no_transfer_is_large(big, quantization, monkeypatch):
+    """As on a GPU: arrays are copied into memory that `tracemalloc` does not see, so that it counts those of the host."""
+    sizes = []
+
+    def copy(host):
+        sizes.append(host.nbytes)
+        return jnp.array(host, copy=True)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_put", copy)
+    config = model_config_from_hf(BIG)
+    tracemalloc.start()
+    base = load_base(big, config, QuantizationConfig(quantization=quantization), jnp.bfloat16)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    result = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    assert sum(sizes) == result
+    assert max(sizes) <= PIECE_BYTES
+    largest = 2 * BIG["vocab_size"] * BIG["hidden_size"]  # the embedding, in 16 bits; a layer is smaller
+    assert peak < largest + 8e6 < 0.7 * result
+
+
+@pytest.mark.parametrize("quantization", ["int4", "none"])
+def test_peak_memory_on_a_cpu_is_the_result_and_one_tensor(big, quantization):
     size = (big / "model.safetensors").stat().st_size
     assert size > 200e6
     config = model_config_from_hf(BIG)
@@ -105,6 +130,21 @@ def test_peak_host_memory_is_the_result_and_one_tensor(big, quantization):
     if quantization == "int4":
         # Without streaming the 16-bit weights would be there at some time.
         assert peak < 0.6 * size
+
+
+@pytest.mark.parametrize("mode", ["none", "int4", "dynamic"])
+def test_pieces_make_the_same_base(tmp_path, mode, monkeypatch):
+    wide = ("1.gate_up=int8", "0.down=dense") if mode == "dynamic" else ()
+    quantization = QuantizationConfig(mode, group_size=32, wide_matrices=wide)
+    path = make_checkpoint(tmp_path, "qwen2", num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    expected = load(path, quantization)
+    moved = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(hf, "PIECE_BYTES", 1500)
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 1500)
+    monkeypatch.setattr(hf, "insert", lambda *args, **place: moved.append(place) or transfer.insert(*args, **place))
+    jax.tree.map(np.testing.assert_array_equal, load(path, quantization), expected)
+    assert {"layer": 3} in moved
 
 
 class TestBadInput:

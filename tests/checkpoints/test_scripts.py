@@ -30,3 +30,4 @@ def test_peaks_while_loading():
     assert result["ok"]
     assert 0 < result["model"] < result["bound"]
     assert result["host_peak"] > 0.5 * result["model"]  # on a CPU the device is the host
+    assert sum(result["host_left"].values()) > 0.5 * result["model"]
