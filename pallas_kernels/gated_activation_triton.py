@@ -11,6 +11,18 @@ from pallas_kernels.add_rms_norm_triton import permuted_column
 from pallas_kernels.rows import Rows
 
 BLOCK, WARPS = 1024, 4
+IS_GELU = {"silu": False, "gelu_tanh": True}
+
+
+@triton.jit
+def gate_times_up(gate, up, GELU: tl.constexpr):
+    """activation(gate) * up of float32 arrays."""
+    if GELU:
+        # x/2 (1 + tanh y) = x sigmoid(2 y), y = sqrt(2 / pi) (x + 0.044715 x^3)
+        out = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    else:
+        out = gate * tl.sigmoid(gate) * up
+    return out
 
 
 @triton.jit
@@ -43,12 +55,7 @@ def gated_activation_kernel(
         layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
         gate += tl.load(bias_ptr + layer * (2 * F) + column, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(bias_ptr + layer * (2 * F) + F + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        # x/2 (1 + tanh y) = x sigmoid(2 y), y = sqrt(2 / pi) (x + 0.044715 x^3)
-        out = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-    else:
-        out = gate * tl.sigmoid(gate) * up
-    out = out.to(rows_ptr.dtype.element_ty)
+    out = gate_times_up(gate, up, GELU).to(rows_ptr.dtype.element_ty)
     start = row.to(tl.int64) * F
     tl.store(rows_ptr + start + column, out, mask=inside)
     if PERMUTED:
@@ -62,7 +69,7 @@ def kernel_constants(parts, activation: str, bias, permuted: bool) -> dict:
         "F": parts.shape[2] // 2,
         "BLOCK": BLOCK,
         "PARTS": parts.shape[0],
-        "GELU": {"silu": False, "gelu_tanh": True}[activation],
+        "GELU": IS_GELU[activation],
         "BIASED": bias is not None,
         "PERMUTED": permuted,
     }

@@ -51,6 +51,23 @@ class DenseConfig:
 
 
 @dataclass(frozen=True)
+class GatedConfig:
+    """Blocks of the product of gate and up with its gate: `block_n + extra_n` columns of both; swapped as in `DenseConfig`."""
+
+    block_m: int
+    block_n: int
+    extra_n: int
+    block_k: int
+    swapped: bool
+    warps: int
+    stages: int
+
+    def fits(self, k: int) -> bool:
+        """Whether the kernel can run this K: whole blocks."""
+        return k % self.block_k == 0
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has.
 
@@ -120,19 +137,19 @@ def _power_of_two(value: int) -> int:
 
 def dense_measurement(m: int, n: int, k: int) -> tuple[float, float] | None:
     """Microseconds of (the kernel, the library) for x [M, K] @ W [N, K]^T, its consumer's reads included; None: unmeasured."""
-    entry = _dense_entry(m, n, k)
+    entry = _product_entry("dense_matmul", m, n, k)
     return None if entry is None else (entry["us"], entry["library_us"])
 
 
 def dense_config(m: int, n: int, k: int) -> DenseConfig:
     """The blocks for x [M, K] @ W [N, K]^T on the current device."""
-    entry = _dense_entry(m, n, k)
+    entry = _product_entry("dense_matmul", m, n, k)
     return dense_heuristic(m, n, k) if entry is None else DenseConfig(**entry["config"])
 
 
-def _dense_entry(m: int, n: int, k: int) -> dict | None:
+def _product_entry(op: str, m: int, n: int, k: int) -> dict | None:
     """The measurement of this N and K with the fewest rows that are not below M."""
-    entries = tuned(dispatch.current_device().name).get("dense_matmul", [])
+    entries = tuned(dispatch.current_device().name).get(op, [])
     return min((e for e in entries if (e["n"], e["k"]) == (n, k) and e["m"] >= m), key=lambda e: e["m"], default=None)
 
 
@@ -143,6 +160,40 @@ def dense_heuristic(m: int, n: int, k: int, *, multiprocessors: int = 132) -> De
     tiles = math.ceil(n / 64) * math.ceil(m / block_m)
     split_k = max(1, min(multiprocessors // tiles, k // block_k // 2, 16))
     return DenseConfig(block_m, 64, block_k, split_k, True, warps=4, stages=4 if block_m <= 64 else 3)
+
+
+def gated_measurement(m: int, n: int, k: int) -> tuple[float, float] | None:
+    """Microseconds of (the kernel, the library's product and then the gate) for W [N = 2F, K]; None: unmeasured."""
+    entry = _product_entry("gated_matmul", m, n, k)
+    return None if entry is None else (entry["us"], entry["library_us"])
+
+
+def gated_config(m: int, n: int, k: int) -> GatedConfig:
+    """The blocks for x [M, K] and W [N = 2F, K] on the current device."""
+    entry = _product_entry("gated_matmul", m, n, k)
+    if entry is not None:
+        return GatedConfig(**entry["config"])
+    return gated_heuristic(m, n, hopper=(dispatch.current_device().capability or (0, 0)) >= (9, 0))
+
+
+def gated_heuristic(m: int, n: int, *, hopper: bool, multiprocessors: int = 132) -> GatedConfig:
+    """All rows up to 256 by 64 columns: every tile of weights reads x again, from the L2. More columns where that saves a round.
+
+    Up to 32 rows the weights are the left operand, of which a Hopper GPU takes no fewer than 64 rows at once. Before Hopper, more
+    columns would not fit the registers.
+    """
+    block_m = min(max(16, _power_of_two(m)), 256)
+    if block_m <= 32:
+        return GatedConfig(block_m, 64, 0, 64, True, warps=4, stages=4)
+    extra = min(
+        (0, 8, 16) if hopper else (0,), key=lambda extra: gated_rounds(m, n, block_m, 64 + extra, multiprocessors)
+    )
+    return GatedConfig(block_m, 64, extra, 64, False, warps=4 if block_m == 64 else 8, stages=4)
+
+
+def gated_rounds(m: int, n: int, block_m: int, columns: int, multiprocessors: int = 132) -> int:
+    """Rounds of one program a multiprocessor that the tiles of [M, F] take, N = 2F."""
+    return math.ceil(math.ceil(m / block_m) * math.ceil(n / 2 / columns) / multiprocessors)
 
 
 def attention_config(rows: int, prompts: int, head_dim: int, share: int) -> AttentionConfig:
@@ -163,6 +214,6 @@ def attention_heuristic(rows: int, prompts: int, head_dim: int, *, multiprocesso
     return AttentionConfig(64 if head_dim <= 128 else 32, 32, suffix_splits, prompt_splits, warps=4, stages=3)
 
 
-def as_entry(config: Int4Config | DenseConfig | AttentionConfig, **shape: int) -> dict:
+def as_entry(config: Int4Config | DenseConfig | GatedConfig | AttentionConfig, **shape: int) -> dict:
     """An entry of a tuned file."""
     return {**shape, "config": asdict(config)}

@@ -1,6 +1,6 @@
 """Measure block sizes of the kernels on this GPU and write pallas_kernels/tuned/<device>.json.
 
-    python scripts/autotune.py [--op int4_matmul|dense_matmul|decode_attention] [--rows 16 64]
+    python scripts/autotune.py [--op int4_matmul|dense_matmul|gated_matmul|decode_attention] [--rows 16 64]
         [--shapes qwen2.5-1.5b llama-3.1-8b] [--output FILE] [--time-limit SECONDS]
 
 One JSON line for every shape: microseconds, GB/s, part of the bytes bound, and what cuBLAS takes with bf16 weights.
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from kernel_timing import CACHE_BYTES, check, compile_all, graph_time, partial_sum_us, sample, summary
 from tune_dense import dense_candidates, dense_compile, tune_dense
+from tune_gated import gated_candidates, gated_compile, tune_gated
 
 from pallas_kernels import decode_attention_triton, int4_matmul_triton, tuning
 from pallas_kernels.tuning import MMA, MMA_SWAPPED, WGMMA, AttentionConfig, Int4Config
@@ -39,6 +40,8 @@ SHAPES = {
 # Query heads, kv heads, head_dim.
 HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
 GROUP, RANK = 64, 32
+OPS = ("int4_matmul", "dense_matmul", "gated_matmul", "decode_attention")
+GATE_UP = 2  # of a model's SHAPES
 
 
 def int4_forms(m: int) -> list[tuple]:
@@ -297,7 +300,7 @@ def tune_attention(q: int, g: int, heads, prompt: int, suffix: int, candidates, 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", default=["int4_matmul", "dense_matmul", "decode_attention"])
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--suffix", type=int, default=768, help="suffix slots that decode attention reads")
@@ -347,6 +350,14 @@ def main(arguments: list[str]) -> None:
             if time.time() < deadline and (entry := tune_dense(m, n, k, candidates, report)):
                 keep("dense_matmul", entry)
                 print(summary("dense_matmul", entry, 2 * (n * k + m * (n + k))), flush=True)
+    if "gated_matmul" in options.op:
+        shapes = [(m, *SHAPES[name][GATE_UP]) for name in options.shapes for m in options.rows]
+        plan = {shape: sample(gated_candidates(*shape), options.candidates) for shape in shapes}
+        compile_all(gated_compile, [(*s, config) for s, configs in plan.items() for config in configs], deadline - 30)
+        for (m, n, k), candidates in plan.items():
+            if time.time() < deadline and (entry := tune_gated(m, n, k, candidates, report)):
+                keep("gated_matmul", entry)
+                print(summary("gated_matmul", entry, 2 * (n * k + m * (n // 2 + k))), flush=True)
     if "decode_attention" in options.op:
         plan = {}
         for name, q in itertools.product(options.shapes, (8, 32)):

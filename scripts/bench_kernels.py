@@ -1,6 +1,6 @@
 """Time the kernels inside compiled JAX programs, next to what XLA and cuBLAS do, after checking that they are right.
 
-    python scripts/bench_kernels.py [--op int4_matmul dense_matmul between decode_attention token_logprobs]
+    python scripts/bench_kernels.py [--op int4_matmul dense_matmul gated_matmul between decode_attention token_logprobs]
         [--rows 16 64 256] [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
 
 One JSON object a measurement (on stdout, and in --json FILE), then a table. A time is that of one call inside a program
@@ -36,8 +36,9 @@ SHAPES = {  # output and input widths of the linear layers: (N, K)
     "llama-3.1-8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
 }
 HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
+GATE_UP = 2  # of a model's SHAPES
 GROUP, RANK = 64, 32
-OPS = ("int4_matmul", "dense_matmul", "between", "decode_attention", "token_logprobs")
+OPS = ("int4_matmul", "dense_matmul", "gated_matmul", "between", "decode_attention", "token_logprobs")
 STACK_BYTES = 2**28
 
 
@@ -159,6 +160,19 @@ def check_partial_sums(rng: np.random.Generator) -> float:
     return worst
 
 
+def check_gated(rng: np.random.Generator) -> float:
+    """Product of gate and up with its gate, with bias, of columns and rows that fill no tile, and with tiles side by side."""
+    worst = 0.0
+    for m, f, k in [(1, 136, 896), (33, 4864, 896), (64, 8960, 1536), (200, 520, 1536), (256, 8960, 1536)]:
+        x, weight, bias = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in [(m, k), (2, 2 * f, k), (2, 2 * f)])
+        how = dict(activation="silu", layer=1, implementation="triton")
+        got = jax.jit(lambda x, weight, bias, how=how: pallas_kernels.gated_matmul(x, weight, bias=bias, **how))
+        both = np.asarray(x, np.float64) @ np.asarray(weight[1], np.float64).T + np.asarray(bias[1], np.float64)
+        gate, up = np.split(both, 2, axis=1)
+        worst = max(worst, oracles.relative_error(got(x, weight, bias), gate / (1 + np.exp(-gate)) * up))
+    return worst
+
+
 def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> list:
     """Calls of the operations between two products on random arguments, with permuted columns."""
     draw = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
@@ -190,6 +204,33 @@ def bench_dense(shapes, rows, rates, report) -> None:
         moved, flops = 2 * (n * k + m * (n + k)), 2 * m * n * k
         bound = max(moved / rates[0], flops / rates[1]) * 1e6
         report(op="dense_matmul", shape=f"{model} {k}x{n}", rows=m, bound=bound, bytes=moved, flops=flops, **times)
+
+
+def bench_gated(shapes, rows, rates, report) -> None:
+    """Product and gate as one kernel, as two launches that choose by their own rules, and in plain XLA."""
+    device = dispatch.current_device()
+    for model, (n, k), m in [(name, SHAPES[name][GATE_UP], m) for name in shapes for m in rows]:
+        layers = int(max(2, min(28, STACK_BYTES // (2 * n * k))))
+        keys = jax.random.split(jax.random.key(m), layers + 1)
+        x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
+        weights = [k**-0.5 * jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys[1:]]
+
+        def fused(x, layer, *weights, implementation: str):
+            how = dict(activation="silu", layer=layer, implementation=implementation)
+            return pallas_kernels.gated_matmul(x, weights[layer], **how)
+
+        def apart(x, layer, *weights):
+            parts = pallas_kernels.dense_partial_sums(x, weights[layer])
+            return pallas_kernels.gated_activation(parts, activation="silu", dtype=x.dtype, layer=layer).plain
+
+        steps = {name: partial(fused, implementation=name) for name in ("triton", "reference")} | {"apart": apart}
+        times = {name: microseconds(step, x, layers, *weights, calls=layers) for name, step in steps.items()}
+        measured = tuning.gated_measurement(m, n, k)
+        rule = dispatch.gated_matmul_rule(device, x.dtype, x.dtype, m, k, measured)
+        times["chosen"] = times["triton" if rule == dispatch.TRITON else "apart"]
+        moved, flops = 2 * (n * k + m * (n // 2 + k)), 2 * m * n * k
+        bound = max(moved / rates[0], flops / rates[1]) * 1e6
+        report(op="gated_matmul", shape=f"{model} {k}x{n}", rows=m, bound=bound, bytes=moved, flops=flops, **times)
 
 
 def bench_between(shapes, rows, rates, report) -> None:
@@ -332,7 +373,7 @@ def table(rows: list[dict]) -> str:
         f"{'op':17} {'shape':40} {'rows':>5} {'bound':>7} {'us':>8} {'of bound':>8} {'GB/s':>6} {'TFLOP/s':>7}  others"
     ]
     for row in rows:
-        others = ", ".join(f"{key} {row[key]:.1f}" for key in ("triton", "reference", "bf16") if key in row)
+        others = ", ".join(f"{key} {row[key]:.1f}" for key in ("triton", "apart", "reference", "bf16") if key in row)
         us = row["chosen"]
         lines.append(
             f"{row['op']:17} {row['shape']:40} {row['rows']:5} {row['bound']:7.1f} {us:8.1f} {row['bound'] / us:8.0%} "
@@ -371,6 +412,7 @@ def main(arguments: list[str]) -> None:
     if not options.skip_check:
         rng = np.random.default_rng(options.seed)
         checks = {"int4_matmul": check_int4, "decode_attention": check_attention, "partial_sums": check_partial_sums}
+        checks["gated_matmul"] = check_gated
         worst = {name: check(rng) for name, check in checks.items()}
         print(
             json.dumps({"check": "largest relative error against float64", "seed": options.seed, **worst}), flush=True
@@ -388,6 +430,8 @@ def main(arguments: list[str]) -> None:
         bench_int4(options.shapes, options.rows, rates, report, not options.no_compare)
     if "dense_matmul" in options.op:
         bench_dense(options.shapes, options.rows, rates, report)
+    if "gated_matmul" in options.op:
+        bench_gated(options.shapes, options.rows, rates, report)
     if "between" in options.op:
         bench_between(options.shapes, options.rows, rates, report)
     if "decode_attention" in options.op:

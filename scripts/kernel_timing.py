@@ -24,6 +24,9 @@ def check(out, expected) -> float:
 def graph_time(launch, layers: int, repeats: int = 5) -> float:
     """Microseconds a launch, replayed from a CUDA graph over all layers; median of `repeats`."""
     stream = torch.cuda.Stream()
+    # A result may lie where a finished call's operands lay, say the float32 copies of which `expected` is the product. The allocator
+    # hands such memory out before the work that reads it is done, trusting one stream's order, so this one joins that order.
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         launch(0)
         graph = torch.cuda.CUDAGraph()

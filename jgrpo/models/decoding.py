@@ -2,9 +2,9 @@
 
 The same layer as `Transformer._layer`, cut differently. With few rows a launch costs more than most operations between two
 products do, so products leave partial sums (`pallas_kernels.rows`) and what comes next adds them: the rotation and cache
-write after qkv, the residual with the following norm after out and down, the gate after gate_up. A layer therefore takes its
-input normed already and leaves the normed input of the next one. Where no kernel runs, the jnp twins compute exactly what
-`_layer` does.
+write after qkv, the residual with the following norm after out and down, the gate after gate_up, unless their product and the
+gate are one kernel. A layer therefore takes its input normed already and leaves the normed input of the next one. Where no
+kernel runs, the jnp twins compute exactly what `_layer` does.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jgrpo.models.config import ModelConfig
-from jgrpo.quantization import matmul_parts, reads_permuted
-from pallas_kernels import Rows, add_rms_norm, gated_activation
+from jgrpo.quantization import gated_matmul, matmul_parts, reads_permuted
+from pallas_kernels import Rows, add_rms_norm
 
 Adapter = dict[str, tuple[Array, Array]]
 
@@ -49,11 +49,12 @@ class DecodeLayers:
         permuted = self._permuted("gate_up", index, residual)
         residual, rows = self._add(residual, "out", out, self.weights["post_norm"], index, permuted)
 
-        gated = gated_activation(
-            self._product("gate_up", index, rows),
+        gated = gated_matmul(
+            rows,
+            self.weights["gate_up"],
+            index,
+            self.adapter.get("gate_up"),
             activation=self.config.activation,
-            dtype=self.dtype,
-            layer=index,
             bias=self.weights.get("gate_up_bias"),
             permuted=self._permuted("down", index, residual),
         )

@@ -1,6 +1,6 @@
 """Quantized weights, how weights become them, and the one matmul that every linear layer goes through."""
 
-from jgrpo.quantization.linear import embed, matmul, matmul_parts, reads_permuted
+from jgrpo.quantization.linear import embed, gated_matmul, matmul, matmul_parts, reads_permuted
 from jgrpo.quantization.rounding import quantize, quantize_int8
 from jgrpo.quantization.weights import (
     NF4,
@@ -26,6 +26,7 @@ __all__ = [
     "Weight",
     "dequantize",
     "embed",
+    "gated_matmul",
     "matmul",
     "matmul_parts",
     "pack_nibbles",

@@ -72,6 +72,29 @@ def matmul_parts(
     return pallas_kernels.int4_partial_sums(rows, weight.packed, weight.scales, **how)
 
 
+def gated_matmul(
+    rows: Rows,
+    weight: Weight,
+    layer: int | Int[Array, ""],
+    adapter: tuple[Float[Array, "*L R K"], Float[Array, "*L N R"]] | None = None,
+    *,
+    activation: str,
+    bias: Float[Array, "L N"] | None = None,
+    permuted: bool = False,
+) -> Rows:
+    """activation(gate) * up, the halves of `matmul_parts` and its bias, in the rows' dtype; not differentiable.
+
+    `permuted` asks for the rows with permuted columns too. A plain array without an adapter is one kernel where
+    that is faster; all else is the product, then the gate.
+    """
+    if isinstance(weight, Array | tuple) and adapter is None and not permuted:
+        own = weight[layer] if isinstance(weight, tuple) else weight
+        return Rows(pallas_kernels.gated_matmul(rows.plain, own, activation=activation, layer=layer, bias=bias))
+    parts = matmul_parts(rows, weight, layer, adapter)
+    how: dict[str, Any] = dict(activation=activation, dtype=rows.plain.dtype, layer=layer, bias=bias, permuted=permuted)
+    return pallas_kernels.gated_activation(parts, **how)
+
+
 def _dense_parts(x: Array, weight: Any, layer: Any) -> Array:
     """Partial sums of x Wᵀ for an array that is one layer's, a stack, or one of a tuple."""
     if isinstance(weight, tuple) or weight.ndim == 2:

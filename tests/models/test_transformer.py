@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from jgrpo import quantization
 from jgrpo.config import LoraConfig
 from jgrpo.lora import fuse, init_lora, module_delta
 from jgrpo.models import KVCache, ModelConfig, Transformer, decoding, init_base
@@ -119,6 +120,7 @@ def test_decoding_adds_partial_sums_and_hands_on_permuted_rows(monkeypatch, chan
         return jnp.concatenate([noise, whole - noise.sum(0)])
 
     monkeypatch.setattr(decoding, "matmul_parts", parts)
+    monkeypatch.setattr(quantization.linear, "matmul_parts", parts)  # in front of the gate
     monkeypatch.setattr(decoding, "reads_permuted", lambda *_: True)
     np.testing.assert_allclose(_decode_once(model, variables, variables, tokens), want, atol=2e-5)
     assert read_permuted == [True] * 4  # the loop traces one layer

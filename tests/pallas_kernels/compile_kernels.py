@@ -24,6 +24,7 @@ from pallas_kernels import (
     dense_matmul_triton,
     dequantize_triton,
     gated_activation_triton,
+    gated_matmul_triton,
     int4_matmul_triton,
     rope_cache_triton,
     tuning,
@@ -145,6 +146,16 @@ def dense_matmul(rows: int, capability: int, swapped: bool) -> tuple[int, int]:
     return compile_kernel(dense_matmul_triton.dense_matmul_kernel, types, constants, config, capability)
 
 
+def gated_matmul(rows: int, capability: int, swapped: bool) -> tuple[int, int]:
+    """The heuristic's kernel for the gate of a 1.5B model, where it has two tiles side by side; swapped: one, other order."""
+    x, weight, bias = (ShapeDtypeStruct(shape, "bfloat16") for shape in [(rows, 1536), (28, 17920, 1536), (28, 17920)])
+    config = tuning.gated_heuristic(rows, 17920, hopper=capability >= 90)
+    config = dataclasses.replace(config, swapped=True, extra_n=0) if swapped else config
+    constants = gated_matmul_triton.kernel_constants(x, weight, bias, "silu", config) | {"LAYER_IS_POINTER": True}
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*bf16") | {"layer_ptr": "*i32"}
+    return compile_kernel(gated_matmul_triton.gated_matmul_kernel, types, constants, config, capability)
+
+
 def add_rms_norm(width: int, capability: int) -> tuple[int, int]:
     """Eight partial sums, a bias, a norm of the branch and permuted columns."""
     residual, parts = ShapeDtypeStruct((64, width), "bfloat16"), ShapeDtypeStruct((8, 64, width), "float32")
@@ -186,6 +197,8 @@ if __name__ == "__main__":
             print(f"rope_and_cache-{layer_type}-sm_{target}", *rope_and_cache(target, layer_type), flush=True)
         for rows, swapped in ((16, True), (64, False), (64, True), (128, True)):
             print(f"dense_matmul-{rows}-{swapped}-sm_{target}", *dense_matmul(rows, target, swapped), flush=True)
+        for rows, swapped in ((16, True), (64, False), (64, True), (200, False), (200, True)):
+            print(f"gated_matmul-{rows}-{swapped}-sm_{target}", *gated_matmul(rows, target, swapped), flush=True)
         for width in (1536, 8192):
             print(f"add_rms_norm-{width}-sm_{target}", *add_rms_norm(width, target), flush=True)
         for activation in ("silu", "gelu_tanh"):

@@ -17,10 +17,11 @@ from pallas_kernels import (
     dense_matmul_triton,
     dequantize_triton,
     gated_activation_triton,
+    gated_matmul_triton,
     int4_matmul_triton,
 )
 from pallas_kernels.codes import NF4, PER_BYTE
-from pallas_kernels.tuning import WGMMA, AttentionConfig, DenseConfig, Int4Config
+from pallas_kernels.tuning import WGMMA, AttentionConfig, DenseConfig, GatedConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -193,3 +194,21 @@ def gated_activation(parts, bias, layer: int, activation: str, dtype: str, point
         **constants,
     )
     return [out.float().cpu().numpy() for out in outputs]
+
+
+def gated_matmul(x, weight, bias, layer: int, activation: str, config: GatedConfig, pointer: bool) -> np.ndarray:
+    """The kernel as `gated_matmul_triton.gated_matmul` launches it; the result, in x's dtype, was poisoned before."""
+    constants = gated_matmul_triton.kernel_constants(x, weight, bias, activation, config)
+    out = poisoned(constants["M"], constants["F"]).to(x.dtype)
+    gated_matmul_triton.gated_matmul_kernel[gated_matmul_triton.grid(constants)](
+        x,
+        weight,
+        x if bias is None else bias,
+        scalar(layer) if pointer else layer,
+        out,
+        LAYER_IS_POINTER=pointer,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **constants,
+    )
+    return float64(out)

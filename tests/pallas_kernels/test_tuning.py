@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.tuning import AttentionConfig, DenseConfig, Int4Config
+from pallas_kernels.tuning import AttentionConfig, DenseConfig, GatedConfig, Int4Config
 
 FILES = sorted((Path(tuning.__file__).parent / "tuned").glob("*.json"))
 SHAPES = [
@@ -42,6 +42,9 @@ def test_tuned_files_hold_configurations_that_fit_their_shape(file):
         assert config.prompt_splits or config.suffix_splits == 1
     for entry in entries.get("dense_matmul", []):
         assert DenseConfig(**entry["config"]).fits(entry["k"])
+        assert min(entry["us"], entry["library_us"]) > 0
+    for entry in entries.get("gated_matmul", []):
+        assert GatedConfig(**entry["config"]).fits(entry["k"])
         assert min(entry["us"], entry["library_us"]) > 0
 
 
