@@ -26,25 +26,53 @@ def case(normed: bool, dtype: str, questions=2, group=3, heads=6, kv_heads=2, de
     return qkv, *tables, *(np.asarray(jnp.asarray(part, dtype)) for part in cache), norms
 
 
-def oracle(qkv, cos, sin, k, v, norms):
-    """float64."""
+def oracle(qkv, cos, sin, k, v, norms, rounding: str | None = None):
+    """float64; with `rounding`, rounded to that dtype at the points where kernel and twin round.
+
+    These are: the normed head, its scale, their product, cos, sin and the rotated head (which a code is taken of).
+    """
+    rounded = (lambda x: x) if rounding is None else (lambda x: x.astype(jnp.dtype(rounding)).astype(np.float64))
     qkv, cos, sin, k, v = (a.astype(np.float64) for a in (qkv, cos, sin, k, v))
     kv_heads, depth = k.shape[3], k.shape[5]
     heads = qkv.reshape(*qkv.shape[:2], -1, depth)
     q, new_k, new_v = np.split(heads, [heads.shape[2] - 2 * kv_heads, heads.shape[2] - kv_heads], axis=2)
     if norms is not None:
         q, new_k = (
-            x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * scale[LAYER]
+            rounded(rounded(x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)) * rounded(scale[LAYER]))
             for x, scale in zip((q, new_k), norms, strict=True)
         )
-    cos, sin = cos[:, None, None], sin[:, None, None]
+    cos, sin = rounded(cos)[:, None, None], rounded(sin)[:, None, None]
     half = depth // 2
     q, new_k = (
         np.concatenate([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
         for x in (q, new_k)
     )
-    k[LAYER, :, :, :, SLOT], v[LAYER, :, :, :, SLOT] = new_k, new_v
-    return q, k, v
+    k[LAYER, :, :, :, SLOT], v[LAYER, :, :, :, SLOT] = rounded(new_k), new_v
+    return rounded(q), k, v
+
+
+def assert_codes(codes, scales, want: np.ndarray, dtype: str, code: str) -> None:
+    """Codes and scales of a cache whose heads are `want`, as `oracle` rounds them to `dtype`.
+
+    Where a float32 result lies next to a tie, it rounds to the neighbour of the oracle's value x: by one unit in the last place,
+    ulp(x) = 2^(exponent of x) · eps of the dtype. So the largest element, scale · LARGEST, is right to one ulp, and
+
+        |code · scale − x| ≤ half a step of the code + ulp(x) + f,    f = 2^-18 · max|x|,
+
+    where f is for sums and products in float32. Half a step is scale / 2 in int8; in float8, whose three bits of fraction make
+    steps grow with the value, |x| / 16, and scale · 2^-10 below its smallest normal number.
+    """
+    codes, scales = np.asarray(codes, np.float64), np.asarray(scales, np.float64)[..., None]
+    largest = np.abs(want).max(-1, keepdims=True)
+    float32_error = 2.0**-18 * largest
+    assert (np.abs(scales * cache_codes.LARGEST[code] - largest) <= ulp(largest, dtype) + float32_error).all()
+    half_step = scales / 2 if code == "int8" else np.maximum(np.abs(want) / 16, scales * 2.0**-10)
+    assert (np.abs(codes * scales - want) <= half_step + ulp(want, dtype) + float32_error).all()
+
+
+def ulp(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Distance to the next larger number of the dtype."""
+    return 2.0 ** np.floor(np.log2(np.maximum(np.abs(x), 1e-30))) * float(jnp.finfo(dtype).eps)
 
 
 def assert_close(got, want, dtype: str) -> None:
@@ -91,19 +119,19 @@ def split_with_bias(qkv, parts: int) -> tuple[np.ndarray, np.ndarray]:
     return split, bias
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("code", cache_codes.LARGEST)
-def test_twin_writes_codes(code: str) -> None:
-    qkv, cos, sin, k, v, norms = case(True, "float32")
+def test_twin_writes_codes(code: str, normed: bool, dtype: str) -> None:
+    qkv, cos, sin, k, v, norms = case(normed, dtype)
     codes, scales = zip(*(cache_codes.encode(jnp.asarray(part), code) for part in (k, v)), strict=True)
-    how = dict(layer=LAYER, norms=tuple(map(jnp.asarray, norms)), eps=EPS, scales=scales)
+    how = dict(layer=LAYER, norms=norms and tuple(map(jnp.asarray, norms)), eps=EPS, scales=scales)
     q, *written, new_scales = pallas_kernels.rope_and_cache(*map(jnp.asarray, (qkv, cos, sin)), *codes, SLOT, **how)
-    want = oracle(qkv, cos, sin, k, v, norms)
-    assert relative_error(q, want[0]) < TOLERANCE["float32"]
-    for got, scale, before, old_scale, exact in zip(written, new_scales, codes, scales, want[1:], strict=True):
+    assert relative_error(q, oracle(qkv, cos, sin, k, v, norms)[0]) < TOLERANCE[dtype]
+    want = oracle(qkv, cos, sin, k, v, norms, rounding=dtype)[1:]
+    for got, scale, before, old_scale, exact in zip(written, new_scales, codes, scales, want, strict=True):
         assert got.dtype == code
-        values = np.asarray(cache_codes.decode(got, scale, jnp.float32))
-        step = np.abs(exact).max(-1, keepdims=True) * (1 / 254 if code == "int8" else 1 / 16)
-        assert (np.abs(values - exact) <= step * 1.001).all()
+        assert_codes(got.astype(jnp.float32), scale, exact, dtype, code)
         others = np.arange(got.shape[4]) != SLOT
         np.testing.assert_array_equal(
             np.asarray(got[..., others, :], np.float32), np.asarray(before[..., others, :], np.float32)
@@ -134,7 +162,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("heads", [dict(), dict(heads=7, kv_heads=1, group=1, depth=64)], ids=str)
 @pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("splits", [0, 1, 3])
-def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool, splits: int) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool, splits: int, narrow: bool) -> None:
     """The caches are updated in place; elements that are not written keep what they had. Without splits there is no bias."""
     import torch
     import triton.language as tl
@@ -142,7 +171,7 @@ def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool, splits: 
     from pallas_kernels import rope_cache_triton
     from tests.pallas_kernels.launch import DEVICE, DTYPES, poisoned, scalar
 
-    dtype = DTYPES[-1]
+    dtype = DTYPES[0 if narrow else -1]
     arguments = case(normed, dtype, **heads)
     qkv, cos, sin, k, v = (torch.tensor(np.asarray(a, np.float32)).to(DEVICE) for a in arguments[:5])
     qkv, k, v = (a.to(getattr(torch, dtype)) for a in (qkv, k, v))
@@ -179,12 +208,10 @@ def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool, splits: 
         **constants,
     )
     if coded:
-        k, v = (codes.float() * scale[..., None] for codes, scale in zip((k, v), cache_scales, strict=True))
-        q_want, *want = oracle(*arguments)
-        assert relative_error(q.float().cpu().numpy(), q_want) < TOLERANCE[dtype]
-        for got, exact in zip((k, v), want, strict=True):
-            step = np.abs(exact).max(-1, keepdims=True) / 254
-            assert (np.abs(got.cpu().numpy() - exact) <= step * 1.01 + 1e-3 * (dtype != "float32")).all()
+        assert relative_error(q.float().cpu().numpy(), oracle(*arguments)[0]) < TOLERANCE[dtype]
+        want = oracle(*arguments, rounding=dtype)[1:]
+        for codes, scale, exact in zip((k, v), cache_scales, want, strict=True):
+            assert_codes(codes.cpu().numpy(), scale.cpu().numpy(), exact, dtype, "int8")
         return
     assert_close([a.float().cpu().numpy() for a in (q, k, v)], oracle(*arguments), dtype)
 
