@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from kernel_checks import CHECKS
 
 import pallas_kernels
-from pallas_kernels import Rows, dispatch, joined, tuning
-from pallas_kernels.rows import permute_columns
-from tests.pallas_kernels import oracles
+from pallas_kernels import dispatch, joined, tuning
 
 SHAPES = {  # output and input widths of the linear layers: (N, K)
     "qwen2.5-1.5b": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
@@ -88,99 +87,6 @@ def measure_rates() -> tuple[float, float]:
     a, b = (jax.random.normal(key, (8192, 8192), jnp.bfloat16) for key in keys)
     product = microseconds(lambda a, _, b: a @ b, a, 1, b, calls=2, iterations=5) / 1e6
     return 2 * big.nbytes / copy, 2 * 8192**3 / product
-
-
-def check_int4(rng: np.random.Generator) -> float:
-    """Largest relative error over odd shapes; every implementation that can run."""
-    worst = 0.0
-    for m, n, k, group in [
-        (1, 136, 896, 128),
-        (5, 70, 1536, 32),
-        (16, 1000, 3584, 64),
-        (33, 264, 896, 64),
-        (64, 4864, 896, 64),
-        (200, 520, 1536, 128),
-        (256, 1536, 8960, 64),
-    ]:
-        packed, scales, weight = oracles.random_int4(rng, n, k, group, layers=(2,))
-        x, xa, b = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in [(m, k), (m, 24), (2, n, 24)])
-        run = jax.jit(lambda i, *a: pallas_kernels.int4_matmul(*a[:3], layer=i, xa=a[3], lora_b=a[4]))
-        for layer in (0, 1):
-            want = np.asarray(x, np.float64) @ weight[layer].T
-            want += np.asarray(xa, np.float64) @ np.asarray(b[layer], np.float64).T
-            worst = max(worst, oracles.relative_error(run(layer, x, packed, jnp.bfloat16(scales), xa, b), want))
-    return worst
-
-
-def check_attention(rng: np.random.Generator) -> float:
-    """Largest relative error over head layouts, lengths and windows."""
-    worst = 0.0
-    for heads, kv_heads, depth, generations, window in [
-        (12, 2, 128, 8, None),
-        (14, 2, 64, 5, 70),
-        (7, 1, 128, 16, None),
-        (8, 8, 64, 3, 300),
-    ]:
-        q, prompt, suffix = 3, 100, 150
-        arrays = [
-            jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-            for shape in [(q, generations, heads, depth)]
-            + [(2, q, kv_heads, prompt, depth)] * 2
-            + [(2, q, generations, kv_heads, suffix, depth)] * 2
-        ]
-        lengths = jnp.asarray(rng.integers(1, prompt + 1, q), jnp.int32)
-        case = (*arrays[:3], lengths, *arrays[3:])
-        run = jax.jit(lambda n, i, *a, w=window: pallas_kernels.decode_attention(*a, n, layer=i, scale=0.1, window=w))
-        for length in (1, 77, suffix):
-            want = oracles.attention(*case, length, 1, 0.1, window)
-            worst = max(worst, oracles.relative_error(run(length, 1, *case), want))
-    return worst
-
-
-def check_partial_sums(rng: np.random.Generator) -> float:
-    """Products that leave partial sums, and the operations that add them, in the orders of columns that they hand on."""
-    worst = 0.0
-
-    def compare(got, want) -> None:
-        nonlocal worst
-        worst = max(worst, oracles.relative_error(got, want))
-
-    for m, n, k in [(1, 136, 896), (33, 4864, 896), (64, 1536, 8960), (200, 520, 1536)]:
-        packed, scales, weight = oracles.random_int4(rng, n, k, 64, layers=(2,))
-        x, dense = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in [(m, k), (2, n, k)])
-        for rows in (Rows(x), Rows(x, permute_columns(x))):
-            run = jax.jit(lambda rows, *w: pallas_kernels.int4_partial_sums(rows, *w, layer=1, implementation="triton"))
-            compare(run(rows, packed, jnp.bfloat16(scales)).sum(0), np.asarray(x, np.float64) @ weight[1].T)
-        run = jax.jit(lambda x, w: pallas_kernels.dense_partial_sums(x, w, layer=1, implementation="triton"))
-        compare(run(x, dense).sum(0), np.asarray(x, np.float64) @ np.asarray(dense[1], np.float64).T)
-        for step in between_steps(m, n - n % 16, parts=3, rng=rng):
-            results = [jax.tree.leaves(step(implementation=name)) for name in ("triton", "reference")]
-            for got, want in zip(*results, strict=True):
-                compare(got, want)
-    return worst
-
-
-def check_gated(rng: np.random.Generator) -> float:
-    """Product of gate and up with its gate, with bias, of columns and rows that fill no tile, and with tiles side by side."""
-    worst = 0.0
-    for m, f, k in [(1, 136, 896), (33, 4864, 896), (64, 8960, 1536), (200, 520, 1536), (256, 8960, 1536)]:
-        x, weight, bias = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in [(m, k), (2, 2 * f, k), (2, 2 * f)])
-        how = dict(activation="silu", layer=1, implementation="triton")
-        got = jax.jit(lambda x, weight, bias, how=how: pallas_kernels.gated_matmul(x, weight, bias=bias, **how))
-        both = np.asarray(x, np.float64) @ np.asarray(weight[1], np.float64).T + np.asarray(bias[1], np.float64)
-        gate, up = np.split(both, 2, axis=1)
-        worst = max(worst, oracles.relative_error(got(x, weight, bias), gate / (1 + np.exp(-gate)) * up))
-    return worst
-
-
-def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> list:
-    """Calls of the operations between two products on random arguments, with permuted columns."""
-    draw = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
-    x, scale = draw(m, width), draw(3, width)
-    sums, both = draw(parts, m, width, dtype=jnp.float32), draw(parts, m, 2 * width, dtype=jnp.float32)
-    add = partial(pallas_kernels.add_rms_norm, x, sums, scale, layer=2, eps=1e-6, permuted=True)
-    gate = partial(pallas_kernels.gated_activation, both, activation="silu", dtype=jnp.bfloat16, layer=2, permuted=True)
-    return [add, gate]
 
 
 def bench_dense(shapes, rows, rates, report) -> None:
@@ -411,9 +317,7 @@ def main(arguments: list[str]) -> None:
 
     if not options.skip_check:
         rng = np.random.default_rng(options.seed)
-        checks = {"int4_matmul": check_int4, "decode_attention": check_attention, "partial_sums": check_partial_sums}
-        checks["gated_matmul"] = check_gated
-        worst = {name: check(rng) for name, check in checks.items()}
+        worst = {name: check(rng) for name, check in CHECKS.items()}
         print(
             json.dumps({"check": "largest relative error against float64", "seed": options.seed, **worst}), flush=True
         )

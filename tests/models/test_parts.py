@@ -16,6 +16,7 @@ from jgrpo.quantization import (
     NF4Weight,
     dequantize,
     embed,
+    gated_matmul,
     matmul,
     matmul_parts,
     quantize,
@@ -23,6 +24,7 @@ from jgrpo.quantization import (
     take_layer,
 )
 from pallas_kernels import Rows
+from pallas_kernels.rows import permute_columns
 
 HF = dict(
     model_type="llama", vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
@@ -160,6 +162,16 @@ def random_packed(code: str, rng: np.random.Generator):
     return Int8Weight(jnp.asarray(rng.integers(-127, 128, (2, 40, 64), dtype=np.int8)), scales)
 
 
+def random_weight(kind: str, rng: np.random.Generator):
+    dense = jnp.asarray(rng.normal(size=(2, 40, 64)), jnp.float32)
+    forms = {
+        "dense": lambda: dense,
+        "layers": lambda: tuple(dense),
+        "mixed": lambda: MixedWeight((random_packed("int8", rng), dense), ((0, 1), (1, 0))),
+    }
+    return forms[kind]() if kind in forms else random_packed(kind, rng)
+
+
 @pytest.mark.parametrize("code", ["int4", "nf4", "int8"])
 def test_matmul_and_its_gradients_are_those_of_the_dequantized_weight(code):
     """Int4 with zero-points, NF4 and int8; by a Python index and by a traced one; alone, and in a mixed stack."""
@@ -192,18 +204,38 @@ def test_matmul_and_its_gradients_are_those_of_the_dequantized_weight(code):
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "dense", "layers", "mixed"])
 def test_partial_sums_of_a_product_are_the_product(kind, with_adapter):
     rng = np.random.default_rng(5)
-    dense = jnp.asarray(rng.normal(size=(2, 40, 64)), jnp.float32)
-    forms = {
-        "dense": lambda: dense,
-        "layers": lambda: tuple(dense),
-        "mixed": lambda: MixedWeight((random_packed("int8", rng), dense), ((0, 1), (1, 0))),
-    }
-    weight = forms[kind]() if kind in forms else random_packed(kind, rng)
+    weight = random_weight(kind, rng)
     x, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(3, 64), (2, 4, 64), (2, 40, 4)])
     adapter = (a, b) if with_adapter else None
     for layer in (0, 1):
         parts = matmul_parts(Rows(x), weight, layer, adapter)
         np.testing.assert_array_equal(parts, matmul(x, weight, layer, adapter)[None])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "dense", "layers", "mixed"])
+def test_gate_of_a_product(kind, with_adapter, biased):
+    """The same numbers whether product and gate are one operation or two."""
+    rng = np.random.default_rng(6)
+    weight = random_weight(kind, rng)
+    shapes = [(3, 64), (2, 4, 64), (2, 40, 4), (2, 40)]
+    x, a, b, bias = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    adapter, bias = (a, b) if with_adapter else None, bias if biased else None
+    for layer in (0, 1):
+        rows = gated_matmul(Rows(x), weight, layer, adapter, activation="silu", bias=bias)
+        gate, up = jnp.split(matmul(x, weight, layer, adapter) + (0 if bias is None else bias[layer]), 2, axis=1)
+        np.testing.assert_array_equal(rows.plain, jax.nn.silu(gate) * up)
+        assert rows.permuted is None
+
+
+def test_gate_of_a_product_whose_consumer_reads_permuted_columns():
+    rng = np.random.default_rng(7)
+    weight = jnp.asarray(rng.normal(size=(2, 64, 64)), jnp.float32)
+    x = Rows(jnp.asarray(rng.normal(size=(3, 64)), jnp.float32))
+    rows = gated_matmul(x, weight, 1, activation="gelu_tanh", permuted=True)
+    np.testing.assert_array_equal(rows.plain, gated_matmul(x, weight, 1, activation="gelu_tanh").plain)
+    np.testing.assert_array_equal(rows.permuted, permute_columns(rows.plain))
 
 
 def test_levels_of_int8_are_within_half_a_step():
