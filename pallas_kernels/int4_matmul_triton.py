@@ -12,7 +12,7 @@ Three forms of the product (`tuning.Int4Config.product`):
 - wgmma (Hopper): the weights are the left operand, from registers; x^T is read from shared memory by the tensor core.
   Its fragments hold elements (2t, 2t+1, 2t+8, 2t+9) of every 16 where a thread's four bytes are (4t .. 4t+3), so x's
   columns are permuted to match before the launch (`rows.permute_columns`), unless whatever produced x did so. The
-  weight tile is read as [N/8, K/16, 8, 16] blocks, which lie free of bank conflicts.
+  weight tile is stored as blocks of 8 rows x 16 bytes, which lie free of bank conflicts.
 
 Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float32 partial sums are written, for XLA or for
 the consumer to add. The first split adds the LoRA product; where xa = x @ A^T comes as partial sums too, the splits share
@@ -76,6 +76,19 @@ def _dequantized(
 
 
 @triton.jit
+def _scale_pair(words, DTYPE: tl.constexpr):
+    """Words of two bfloat16 scales -> (the first ones, the second ones) in DTYPE."""
+    first = (words << 16).to(tl.float32, bitcast=True).to(DTYPE)
+    return first, (words & 0xFFFF0000).to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def _halves(packed):
+    """[EIGHTS, COLUMNS] -> its first and its second half of the columns; registers only."""
+    return tl.split(tl.permute(tl.reshape(packed, (packed.shape[0], 2, packed.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def int4_matmul_kernel(
     x_ptr,
     packed_ptr,
@@ -107,7 +120,9 @@ def int4_matmul_kernel(
     HALF: tl.constexpr = GROUP // 2
     BYTES: tl.constexpr = BLOCK_K // 2
     GROUPS: tl.constexpr = BLOCK_K // GROUP
-    STEPS: tl.constexpr = 2 if WGMMA and GROUPS == 2 else 1  # halves the registers that dequantized weights take
+    # A block is dequantized in steps, so that its 16-bit weights take the registers of one step only.
+    STEPS: tl.constexpr = (4 if GROUPS % 4 == 0 else 2 if GROUPS % 2 == 0 else 1) if WGMMA else 1
+    STEP_GROUPS: tl.constexpr = GROUPS // STEPS
     STEP_K: tl.constexpr = BLOCK_K // STEPS
     STEP_BYTES: tl.constexpr = STEP_K // 2
     BLOCKS: tl.constexpr = K // BLOCK_K
@@ -127,37 +142,45 @@ def int4_matmul_kernel(
 
     x_ptrs = x_ptr + safe_m[:, None] * K + tl.arange(0, STEP_K)[None, :]
     # Two bfloat16 scales as one word: asynchronous copies move four bytes at least.
-    PAIRED_SCALES: tl.constexpr = STEPS == 2 and scales_ptr.dtype.element_ty == tl.bfloat16
-    pair_ptrs = scales_ptr.to(tl.pointer_type(tl.uint32)) + safe_n * (K // GROUP // 2)
-    scale_ptrs = scales_ptr + safe_n[:, None] * (K // GROUP) + tl.arange(0, GROUPS)[None, :]
-    if WGMMA:  # [BLOCK_N / 8, STEP_BYTES / 16, 8, 16]
-        eights = tl.arange(0, BLOCK_N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-        columns = tl.arange(0, STEP_BYTES // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
-        offsets = tl.minimum(tl.program_id(1) * BLOCK_N + eights, N - 1) * (K // 2) + columns
-        # Only the last axis is contiguous. The other hints order the axes of the copy: neighbouring threads take the 8
-        # rows first, which fills a shared-memory line, then the columns, which fills a memory sector.
-        packed_ptrs = packed_ptr + tl.max_contiguous(offsets, (1, 2, 4, 16))
+    PAIRED_SCALES: tl.constexpr = STEPS > 1 and STEP_GROUPS == 1 and scales_ptr.dtype.element_ty == tl.bfloat16
+    word_ptrs = scales_ptr.to(tl.pointer_type(tl.uint32)) + safe_n[:, None] * (K // GROUP // 2)
+    word_ptrs += tl.arange(0, STEPS // 2 if STEPS > 1 else 1)[None, :]
+    scale_ptrs = scales_ptr + safe_n[:, None] * (K // GROUP) + tl.arange(0, STEP_GROUPS)[None, :]
+    if WGMMA:  # [BLOCK_N / 8, BYTES / 16 * 8 * 16]
+        # In shared memory the 8 rows of 16 bytes that one matrix of `ldmatrix` takes lie side by side: no bank twice. As one
+        # axis, since Triton orders several by the registers they end in, which put the rows 256 bytes apart.
+        within = tl.arange(0, 8 * BYTES)[None, :]
+        rows = tl.arange(0, BLOCK_N // 8)[:, None] * 8 + within // 16 % 8
+        columns = within // 128 * 16 + within % 16
+        offsets = tl.minimum(tl.program_id(1) * BLOCK_N + rows, N - 1) * (K // 2) + columns
+        packed_ptrs = packed_ptr + tl.max_contiguous(offsets, (1, 16))
     else:
-        packed_ptrs = packed_ptr + safe_n[:, None] * (K // 2) + tl.arange(0, STEP_BYTES)[None, :]
+        packed_ptrs = packed_ptr + safe_n[:, None] * (K // 2) + tl.arange(0, BYTES)[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
+        packed = tl.load(packed_ptrs + block * BYTES)
+        parts = (packed,) if STEPS == 1 else _halves(packed)
+        if STEPS == 4:
+            parts = _halves(parts[0]) + _halves(parts[1])
         if PAIRED_SCALES:
-            pair = tl.load(pair_ptrs + block)
-            first_scales = (pair << 16).to(tl.float32, bitcast=True).to(DTYPE)
-            second_scales = (pair & 0xFFFF0000).to(tl.float32, bitcast=True).to(DTYPE)
-        elif STEPS == 2:
-            first_scales, second_scales = tl.split(tl.load(scale_ptrs + block * GROUPS).to(DTYPE))
-        else:
-            scales = tl.load(scale_ptrs + block * GROUPS).to(DTYPE)
+            words = tl.load(word_ptrs + block * (STEPS // 2))
+            if STEPS == 2:
+                pairs = _scale_pair(words, DTYPE)
+            else:
+                first_words, second_words = tl.split(words)
+                pairs = _scale_pair(first_words[:, None], DTYPE) + _scale_pair(second_words[:, None], DTYPE)
         for step in tl.static_range(STEPS):
+            if PAIRED_SCALES:
+                scales = pairs[step]
+            else:
+                scales = tl.load(scale_ptrs + block * GROUPS + step * STEP_GROUPS).to(DTYPE)
+            packed = parts[step]
             x = tl.load(x_ptrs + block * BLOCK_K + step * STEP_K)
-            packed = tl.load(packed_ptrs + block * BYTES + step * STEP_BYTES)
-            step_scales = (first_scales[:, None] if step == 0 else second_scales[:, None]) if STEPS == 2 else scales
             if WGMMA:
                 blocks = tl.reshape(packed, (BLOCK_N // 8, STEP_BYTES // 16, 8, 4, 2, 2))
                 packed = tl.reshape(tl.permute(blocks, (0, 2, 1, 4, 3, 5)), (BLOCK_N, STEP_BYTES))
-            weights = _dequantized(packed, step_scales, BLOCK_N, GROUPS // STEPS, HALF, PTX, DTYPE)
+            weights = _dequantized(packed, scales, BLOCK_N, STEP_GROUPS, HALF, PTX, DTYPE)
             acc = tl.dot(weights, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(weights), acc)
         if WGMMA and PTX:
             # A use outside of products makes Triton wait for them here. Left to itself it lets them run on into the next

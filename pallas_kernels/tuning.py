@@ -114,21 +114,21 @@ def int4_config(m: int, n: int, k: int, group: int) -> Int4Config:
 def int4_heuristic(m: int, n: int, k: int, group: int, *, hopper: bool, multiprocessors: int = 132) -> Int4Config:
     """Many small programs for few rows, whole rows of x in one tile for many; K split until the GPU is busy.
 
-    Measured on an H200: up to 32 rows, programs of two warps win, about six a multiprocessor; above, `wgmma` wins,
-    with the widest tile of rows that the registers hold.
+    Measured on an H200: up to 32 rows, programs of two warps win, about six a multiprocessor; above, `wgmma` wins, with
+    small tiles of weights and about two programs a multiprocessor at 64 rows, with the widest tile of rows beyond.
     """
     block_m = min(max(16, _power_of_two(m)), 128 if hopper else 64)
-    swapped = block_m <= 32
-    sizes = (256, 128, 64, 32) if swapped else (128, 64, 32)
+    swapped, narrow = block_m <= 32, hopper and block_m == 64
+    sizes = (256, 128, 64, 32) if swapped or narrow else (128, 64, 32)
     block_k = next((size for size in sizes if k % size == 0 and size % group == 0), group)
-    block_n = 32 if swapped else 128
+    block_n = 32 if swapped else 64 if narrow else 128
     tiles = math.ceil(n / block_n) * math.ceil(m / block_m)
-    wanted = multiprocessors * (6.0 if swapped else 1.7)
-    split_k = max(1, min(round(wanted / tiles), k // block_k // 4))
+    wanted = multiprocessors * (6.0 if swapped else 2.2 if narrow else 1.7)
+    split_k = max(1, min(round(wanted / tiles), k // block_k // (2 if narrow else 4)))
     if swapped:
         return Int4Config(block_m, block_n, block_k, split_k, MMA_SWAPPED, warps=2, stages=3)
-    product = WGMMA if hopper else MMA
-    return Int4Config(block_m, block_n, block_k, split_k, product, warps=8 if block_m >= 128 else 4, stages=3)
+    product, warps = WGMMA if hopper else MMA, 8 if block_m >= 128 else 4
+    return Int4Config(block_m, block_n, block_k, split_k, product, warps, stages=2 if narrow else 3)
 
 
 def _power_of_two(value: int) -> int:

@@ -49,10 +49,9 @@ def int4_forms(m: int) -> list[tuple]:
     if m <= 32:
         rows = 16 if m <= 16 else 32
         swapped = itertools.product([MMA_SWAPPED], [rows], (32, 64), (128, 256, 512), (1, 2))
-        return [*swapped, (MMA, rows, 64, 256, 4), (MMA, rows, 128, 256, 4), (WGMMA, rows, 128, 128, 4)]
+        return [*swapped, (MMA, rows, 64, 256, 4), (MMA, rows, 128, 256, 4), (WGMMA, rows, 64, 256, 4)]
     if m <= 64:
-        swapped = [(MMA_SWAPPED, 64, 64, 128, 2), (MMA_SWAPPED, 64, 32, 128, 1), (MMA_SWAPPED, 64, 32, 256, 2)]
-        return [*swapped, (WGMMA, 64, 64, 256, 4), (WGMMA, 64, 128, 128, 4), (WGMMA, 64, 128, 128, 8)]
+        return [(WGMMA, 64, 64, 256, 4), (WGMMA, 64, 128, 128, 4), (WGMMA, 64, 128, 256, 8)]
     forms = [(WGMMA, 128, 128, 128, 4), (WGMMA, 128, 128, 128, 8), (WGMMA, 128, 64, 256, 4)]
     return forms if m <= 128 else [*forms, (WGMMA, 256, 128, 128, 8), (WGMMA, 256, 64, 128, 4)]
 
@@ -63,11 +62,11 @@ def int4_candidates(m: int, n: int, k: int) -> list[Int4Config]:
     for (product, bm, bn, bk, warps), stages in itertools.product(int4_forms(m), (2, 3, 4)):
         shared = stages * bm * bk * 2 + (stages - 1) * bn * bk // 2
         # The wgmma form copies the scales of two groups as one word; else a copy of two bytes could not be asynchronous.
-        two_byte_copies = bn * bk // GROUP < 64 * warps and not (product == WGMMA and bk == 2 * GROUP)
+        two_byte_copies = product != WGMMA and bn * bk // GROUP < 64 * warps
         if shared > 220_000 or two_byte_copies or k % bk:
             continue
         tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
-        for split in (1, 2, 3, 4, 6, 8, 12, 16):
+        for split in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16):
             warps_each = tiles * split * warps / 132
             if (split == 1 or split <= k // bk // 2) and 2 <= warps_each <= 32:
                 found.append(Int4Config(bm, bn, bk, split, product, warps, stages))

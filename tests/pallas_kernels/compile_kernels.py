@@ -45,6 +45,17 @@ def unfinished_products(ttgir: str) -> int:
     return unfinished
 
 
+def scattered_tiles(ttgir: str) -> list[str]:
+    """Shared memory of bytes whose axes do not lie there in their own order: `ldmatrix` would meet one bank many times."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg.swizzled_shared<.*order = \[([\d, ]+)\]", ttgir, re.MULTILINE))
+    used = set(re.findall(r"memdesc<[\dx]+xi8, (#\w+),", ttgir))
+    return [
+        name
+        for name in used & set(layouts)
+        if layouts[name] != ", ".join(sorted(layouts[name].split(", "), reverse=True))
+    ]
+
+
 CACHE_TYPES = {"bfloat16": "*bf16", "int8": "*i8", "float8_e4m3fn": "*fp8e4nv"}
 
 
@@ -61,6 +72,7 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, config, capab
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     assert unfinished_products(compiled.asm["ttgir"]) == 0
+    assert scattered_tiles(compiled.asm["ttgir"]) == []
     stack = re.search(r"STACK:(\d+)", usage.stdout)
     assert stack is not None, usage.stdout
     return compiled.metadata.shared, int(stack[1])
