@@ -19,6 +19,7 @@ from jax import Array
 
 from jgrpo.config import LINEAR_MODULES, LoraConfig
 from jgrpo.errors import UserError
+from jgrpo.gradient_sums import entered
 
 if TYPE_CHECKING:  # `jgrpo.models` stands above this module and imports it
     from jgrpo.models.config import ModelConfig
@@ -39,9 +40,14 @@ ALL_MODULES = (*LINEAR_MODULES, "qkv_proj", "gate_up_proj")
 
 
 def variables_of(base: Params, policy: Params) -> dict[str, Params]:
-    """What a `Transformer` is applied to: the base with the policy's adapter, or the policy's own weights."""
+    """What a `Transformer` is applied to: the base with the policy's adapter, or the policy's own weights.
+
+    What is `Summed` of the policy (`jgrpo.gradient_sums`) stays so in the layers only, which the training forward scans.
+    """
     if WEIGHTS in policy:
-        return {"params": policy[WEIGHTS], "lora": {}}
+        weights = policy[WEIGHTS]
+        outside = {name: leaf for name, leaf in weights.items() if name != "layers"}
+        return {"params": {**entered(outside), "layers": weights["layers"]}, "lora": {}}
     return {"params": base, "lora": policy}
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from jgrpo.config import LoraConfig
+from jgrpo.gradient_sums import Summed, scan_layers
 from jgrpo.lora import fuse, layer_slice
 from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
@@ -91,13 +92,13 @@ class Transformer(nn.Module):
         positions = self._positions(tokens, segments, shared)
         key = self.make_rng("dropout") if dropout and self.lora.lora_dropout > 0 else None
 
-        # What a layer reads of these is an input of the scan, so that their gradient is an output of its backward, a layer at a
-        # time; of an array that the body indexed, every layer would add a gradient of all layers to the sum. Packed
+        # What a layer reads of these is an input of the scan, so that their gradient is an output of its backward, or added to a
+        # sum, a layer at a time; of an array that the body indexed, every layer would add a gradient of all layers. Packed
         # weights have no gradient, and the kernels read them at their place in the stack.
-        sliced = {name: leaf for name, leaf in base["layers"].items() if isinstance(leaf, Array)}
+        sliced = {name: leaf for name, leaf in base["layers"].items() if isinstance(leaf, Array | Summed)}
 
-        def body(x: Array, inputs: tuple[Array, Any, Any]) -> tuple[Array, None]:
-            layer, own, own_lora = inputs
+        def body(x: Array, layer: Array, slices: tuple[Any, Any]) -> Array:
+            own, own_lora = slices
             weights = {**base["layers"], **own}
 
             def attend(qkv: Array) -> tuple[Array, None]:
@@ -110,11 +111,11 @@ class Transformer(nn.Module):
             x = checkpoint_name(x, LAYER_INPUT)
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             adapter = fuse(own_lora, self.config, self.lora.scale, self.dtype)
-            return self._layer(x, weights, layer, adapter, attend, layer_key)
+            return self._layer(x, weights, layer, adapter, attend, layer_key)[0]
 
         recomputed = OFFLOAD_LAYER_INPUTS if offload else jax.checkpoint_policies.nothing_saveable
         body = jax.checkpoint(body, prevent_cse=False, policy=recomputed if remat else KEEP_PRODUCTS)
-        x, _ = jax.lax.scan(body, self._embed(base, tokens), (jnp.arange(self.config.num_layers), sliced, lora))
+        x = scan_layers(body, self._embed(base, tokens), (sliced, lora), self.config.num_layers)
         return self._norm(x, base["final_norm"])
 
     @nn.compact

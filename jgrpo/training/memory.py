@@ -4,13 +4,16 @@ The peak of a step is what lives through it plus the larger of its two halves:
 
     total = base + adapter + optimizer + runtime + max(rollout, update)
     rollout = KV cache + max(prefill, sampling)                  (freed before the update)
-    update = gradients + layer inputs + max(layer, log-probs)    (a layer's backward and the head's never coincide)
+    update = gradients + max(layer inputs + max(layer, log-probs), optimizing)
+                                                                 (a layer's backward and the head's never coincide)
 
 Terms, with b the bytes of the compute dtype, S = q·P + B·C the positions of a microbatch (q prompts, B rows), R = B·(P + C)
 those of its attention rows, and W = (H + 2K)·Hd:
 
-- optimizer: AdamW's two moments, float32 or 8 bits (`jgrpo.training.adam8bit`); gradients: the sum over microbatches and the
-  microbatch's own, float32.
+- optimizer: AdamW's two moments, float32 or 8 bits (`jgrpo.training.adam8bit`); gradients: the sum over microbatches, float32,
+  which the backward of the layers adds to (`jgrpo.gradient_sums`), and on a CPU half as much again: XLA copies moments of 32
+  bits there long before it updates them. Embedding, head and final norm of a trained model have the microbatch's own too, which
+  count as layer inputs. Optimizing: moments of 8 bits are wide for one leaf at a time.
 - PPO's critic is an adapter and a head that are trained like the policy's: adapter, optimizer and gradients twice, and twice the
   layer inputs, since both forwards of a microbatch come before its backwards. Online DPO's rows are pairs, two to a prompt. A
   reference adapter (`reference_adapter`, `reference_sync_steps`) is one more adapter; a reference forward needs no more than a layer.
@@ -75,6 +78,7 @@ class MemoryPlan:
     layer_inputs: int
     layer: int
     logprobs: int
+    optimizing: int
     host: int
     """In the host's memory, not counted in the total."""
     is_full: bool = False
@@ -93,7 +97,7 @@ class MemoryPlan:
     @property
     def update(self) -> int:
         """The update's own: the temporaries of its compiled program."""
-        return self.gradients + self.layer_inputs + max(self.layer, self.logprobs)
+        return self.gradients + max(self.layer_inputs + max(self.layer, self.logprobs), self.optimizing)
 
     @property
     def total(self) -> int:
@@ -104,7 +108,9 @@ class MemoryPlan:
         """What exists at the peak, by the names of the fields: the terms that `total` adds up."""
         names = ["base", "adapter", "optimizer", "runtime"]
         if self.update >= self.rollout:
-            names += ["gradients", "layer_inputs", "layer" if self.layer >= self.logprobs else "logprobs"]
+            in_backward = ["layer_inputs", "layer" if self.layer >= self.logprobs else "logprobs"]
+            at_its_end = self.update == self.gradients + self.optimizing
+            names += ["gradients", *(["optimizing"] if at_its_end else in_backward)]
         else:
             names += ["kv_cache", "prefill" if self.prefill > self.sampling else "sampling"]
         return {name: getattr(self, name) for name in names}
@@ -112,7 +118,8 @@ class MemoryPlan:
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) in the order of the table."""
         peak = "update" if self.update >= self.rollout else "rollout"
-        work = "layer" if self.layer >= self.logprobs else "logprobs"
+        work = self.alive().keys()
+        at_peak = lambda name: "update" + (": at its peak" if name in work else "")  # noqa: E731
         on_host = f", {self.host / 1e9:.2f} GB on the host" if self.host else ""
         return [
             ("base", self.base, "frozen copy of the start: reference" if self.is_full else "frozen weights"),
@@ -126,8 +133,9 @@ class MemoryPlan:
             ("sampling", self.sampling, f"rollout: logits, {'copy' if self.is_full else 'adapter or merged copy'}"),
             ("gradients", self.gradients, "update"),
             ("activations", self.layer_inputs, f"update: layer inputs{on_host}"),
-            ("one layer", self.layer, "update" + (": at its peak" if work == "layer" else "")),
-            ("log-prob workspace", self.logprobs, "update" + (": at its peak" if work == "logprobs" else "")),
+            ("one layer", self.layer, at_peak("layer")),
+            ("log-prob workspace", self.logprobs, at_peak("logprobs")),
+            ("wide moments", self.optimizing, at_peak("optimizing")),
             ("total", self.total, f"peak in the {peak}"),
         ]
 
@@ -146,6 +154,7 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
     trained = trained_sizes(config, shape)
     forwards = 2 if config.algorithm.algorithm == "ppo" else 1
     layer_inputs, kept, peak = _activations(config, shape, jnp.dtype(dtype).itemsize, prompt_width, cudnn)
+    eight_bits = config.optimizer.optimizer_bits == 8
     offloaded = config.training.offload and config.training.remat
     layers = shape.num_layers
     prompts = at_once(config.rollout, config.training.prompts_per_step)
@@ -159,10 +168,12 @@ def plan_memory(config: TrainConfig, shape: ModelConfig, dtype: Any, prompt_widt
         kv_cache=cache_bytes(model, config.rollout, (config.training.prompts_per_step, prompt_width)),
         prefill=prompts * prompt_width * wide + _dequantized(shape, jnp.dtype(dtype).itemsize),
         sampling=2 * rows * shape.vocab_size * 4 + _decoding_bytes(config, model),
-        gradients=2 * 4 * sum(trained),
-        layer_inputs=forwards * ((2 if offloaded else layers) * layer_inputs + layers * kept),
+        gradients=4 * sum(trained) + (0 if cudnn or eight_bits else 2 * sum(trained)),
+        layer_inputs=forwards * ((2 if offloaded else layers) * layer_inputs + layers * kept)
+        + _own_gradients(config, shape),
         layer=peak,
         logprobs=_logprob_bytes(config, model),
+        optimizing=4 * max(trained) if eight_bits else 0,
         host=forwards * layers * layer_inputs if offloaded else 0,
         is_full=config.lora.is_full,
     )
@@ -190,6 +201,12 @@ def trained_sizes(config: TrainConfig, shape: ModelConfig) -> list[int]:
     """Elements of each leaf that is trained: the adapter's, and PPO's critic's, which is an adapter and a linear head."""
     adapter = adapter_sizes(config, shape)
     return [*adapter, *adapter, shape.hidden_size, 1] if config.algorithm.algorithm == "ppo" else adapter
+
+
+def _own_gradients(config: TrainConfig, shape: ModelConfig) -> int:
+    """Bytes of a microbatch's gradients beside their sum: of what is trained and no layer's."""
+    shapes = base_shapes(shape) if config.lora.is_full else {}
+    return 4 * sum(prod(leaf.shape) for name, leaf in shapes.items() if name != "layers")
 
 
 def reference_bytes(config: TrainConfig, shape: ModelConfig) -> int:

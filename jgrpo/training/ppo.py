@@ -25,6 +25,7 @@ from jgrpo.algorithms.masked import masked_mean
 from jgrpo.algorithms.masks import top_entropy_mask
 from jgrpo.algorithms.ppo import clipped_value_loss, gae, token_rewards, whiten
 from jgrpo.config import AlgorithmConfig, LoraConfig, TrainConfig
+from jgrpo.gradient_sums import entered
 from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import FINISH_STOP
@@ -83,8 +84,8 @@ def token_values(
     """
     variables = {"params": base, "lora": critic["lora"]}
     how: dict[str, Any] = dict(remat=remat, offload=offload, group=group, dropout_key=dropout_key)
-    features = completion_states(model, variables, rows, **how).astype(jnp.float32)
-    values = jnp.einsum("...d,d->...", features, critic["head"]["weight"]) + critic["head"]["bias"]
+    features, head = completion_states(model, variables, rows, **how).astype(jnp.float32), entered(critic["head"])
+    values = jnp.einsum("...d,d->...", features, head["weight"]) + head["bias"]
     if (packed := packing_of(rows, group)) is not None:
         return packed.unpack(values)
     return jnp.where(rows.completion_mask, values, 0.0)

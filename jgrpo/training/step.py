@@ -34,6 +34,7 @@ from jgrpo.algorithms import (
 )
 from jgrpo.algorithms.masks import top_entropy_mask
 from jgrpo.config import TrainConfig
+from jgrpo.gradient_sums import Summed
 from jgrpo.models import Transformer
 from jgrpo.rollout import FINISH_STOP
 from jgrpo.training.adam8bit import Moment
@@ -274,13 +275,14 @@ def accumulate(
 
     `loss(lora, microbatch, index) -> (scalar, terms)`; the microbatches' losses add up to the minibatch's, a pytree whose
     arrays are `[M, B, …]`, with a `mask` among them. `branch(function, part)` calls the function with the microbatch.
+    The loss gets `Summed` parameters, so that its backward adds to the sum of the microbatches before.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(sums: Any, inputs: Any) -> tuple[Any, Any]:
-        part, index = inputs
-        (value, terms), grads = branch(lambda part: gradient(lora, part, index), part)
-        return jax.tree.map(jnp.add, sums, (value, grads)), terms
+        (total, grads), (part, index) = sums, inputs
+        summed = lambda lora, part: loss(jax.tree.map(Summed, lora, grads), part, index)  # noqa: E731
+        (value, terms), grads = branch(partial(jax.value_and_grad(summed, has_aux=True), lora), part)
+        return (total + value, grads), terms
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
     microbatches = jnp.arange(minibatch.mask.shape[0])

@@ -1,0 +1,87 @@
+"""Gradients that a backward adds to a sum: over microbatches one tree of them exists, not the sum and the microbatch's own.
+
+d(loss)/d(stack) of a scan over layers is a new stack, which a sum of microbatches would be added to afterwards. Here the sum is
+where the backward starts: the stack goes through the scan as a carry, untouched; every layer's slice is attached to it
+(`_attach`), and at the end it is tied to the result (`_tie`), whose backward gives the sum as the carry's cotangent. Then the
+layers' backwards add their part to it, each in its row, and XLA does that in place.
+
+A parameter that comes as `Summed` must be read by one forward of the loss only: each would start from the sum.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+class Summed(struct.PyTreeNode):
+    """A parameter and the sum so far of its gradients; differentiating with respect to `value` gives the sum with the new one."""
+
+    value: Float[Array, "..."]
+    total: Float[Array, "..."]
+
+
+def entered(params: Any) -> Any:
+    """`params` with plain arrays for what is `Summed`: of arrays that no scan slices. Their gradient is added when it is whole."""
+    return jax.tree.map(
+        lambda leaf: _enter(leaf.value, leaf.total) if is_summed(leaf) else leaf, params, is_leaf=is_summed
+    )
+
+
+def is_summed(leaf: Any) -> bool:
+    """Whether it is a parameter with its sum."""
+    return isinstance(leaf, Summed)
+
+
+def scan_layers(body: Callable[[Any, Int[Array, ""], Any], Any], x: Any, stacks: Any, count: int) -> Any:
+    """x after `x = body(x, layer, slices)` for every layer of `stacks` `[count, …]`, some of which may be `Summed`."""
+    leaves, structure = jax.tree.flatten(stacks, is_leaf=is_summed)
+    sums = {i: leaf for i, leaf in enumerate(leaves) if is_summed(leaf)}
+    plain = [jax.lax.stop_gradient(leaf.value) if is_summed(leaf) else leaf for leaf in leaves]
+
+    def step(carry: tuple[Any, dict[int, Array]], inputs: tuple[Array, list[Array]]) -> tuple[Any, None]:
+        (x, threads), (layer, slices) = carry, inputs
+        for i, thread in threads.items():
+            slices[i], threads[i] = _attach(slices[i], thread, layer)
+        return (body(x, layer, structure.unflatten(slices)), threads), None
+
+    carry = x, {i: leaf.value for i, leaf in sums.items()}
+    (x, threads), _ = jax.lax.scan(step, carry, (jnp.arange(count), plain))
+    for i, thread in threads.items():
+        x = _tie(x, thread, sums[i].total)
+    return x
+
+
+@jax.custom_vjp
+def _enter(value: Array, total: Array) -> Array:
+    return value
+
+
+_enter.defvjp(lambda value, total: (value, total), lambda total, gradient: (total + gradient, None))
+
+
+@jax.custom_vjp
+def _attach(piece: Array, thread: Array, layer: Array) -> tuple[Array, Array]:
+    """`piece`, whose gradient is added to row `layer` of the thread's."""
+    return piece, thread
+
+
+def _attach_backward(layer: Array, gradients: tuple[Array, Array]) -> tuple[None, Array, None]:
+    piece, total = gradients
+    row = jax.lax.dynamic_index_in_dim(total, layer, keepdims=False)
+    return None, jax.lax.dynamic_update_index_in_dim(total, row + piece, layer, 0), None
+
+
+_attach.defvjp(lambda piece, thread, layer: ((piece, thread), layer), _attach_backward)
+
+
+@jax.custom_vjp
+def _tie(x: Array, thread: Array, total: Array) -> Array:
+    """`x`; the thread's gradient starts as `total`."""
+    return x
+
+
+_tie.defvjp(lambda x, thread, total: (x, total), lambda total, gradient: (gradient, total, None))
