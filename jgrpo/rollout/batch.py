@@ -29,6 +29,14 @@ from jgrpo.rollout.sampler import (
 from jgrpo.rollout.types import Prompts, Rollout
 from jgrpo.rollout.weights import at_once, decoded, decoding_variables, unrolls
 
+DECODING: dict[str, bool | int | str] = {"xla_gpu_experimental_force_split_k": 1, "xla_gpu_enable_triton_gemm": False}
+"""XLA's compiler options for programs that decode: products whole, and by cuBLAS.
+
+XLA splits K of a decode step's products and adds the parts in an operation of its own. At 256 rows of Qwen2.5-1.5B on an H200
+that took 12 us where cuBLAS takes 6; without it a rollout is 9 % faster, and compiles in half the time because fewer
+implementations are tried. Products of fewer rows have kernels that leave their parts to what reads them.
+"""
+
 
 def generate(
     model: Transformer,
@@ -119,7 +127,7 @@ def _generate(
     return _finish(prompts, buffers, config.max_completion_length)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "eos_ids", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("model", "config", "eos_ids", "pad_id"), compiler_options=DECODING)
 def rollout_program(
     model: Transformer,
     base: Params,
@@ -155,7 +163,7 @@ def _begin(setup: Setup, base: Params, lora: Params, prompts: Prompts, key: PRNG
     return Stage(state, uniforms, Recorded.empty(uniforms.shape, setup.pad_id), rows)
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "until"))
+@functools.partial(jax.jit, static_argnames=("setup", "until"), compiler_options=DECODING)
 def _first_stage(
     setup: Setup,
     base: Params,
@@ -171,7 +179,9 @@ def _first_stage(
     return _run(setup, base, lora, merged, stage, until, (questions, group))
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "until", "shape"), donate_argnames=("stage",))
+@functools.partial(
+    jax.jit, static_argnames=("setup", "until", "shape"), donate_argnames=("stage",), compiler_options=DECODING
+)
 def _next_stage(
     setup: Setup, base: Params, lora: Params, merged: Any, stage: Stage, until: Bucket | None, shape: tuple[int, int]
 ) -> Stage:
