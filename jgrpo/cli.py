@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar
 
-from jgrpo.config import MEMORY_DIAL, AnyConfig, DataConfig, SftConfig, SftDataConfig, TrainConfig
+from jgrpo.config import MEMORY_DIAL, DataConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.settings import (
     Layer,
@@ -38,6 +38,7 @@ from jgrpo.settings import (
     settings_of,
     to_yaml,
 )
+from jgrpo.sft_config import AnyConfig, SftConfig, SftDataConfig
 from jgrpo.validation import validate
 
 C = TypeVar("C")

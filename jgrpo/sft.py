@@ -8,7 +8,7 @@ supervised steps give it the format. The run directory is like that of `python -
 from collections.abc import Sequence
 
 from jgrpo.cli import parse_command, run_command
-from jgrpo.config import SftConfig
+from jgrpo.sft_config import SftConfig
 from jgrpo.training.sft_loop import sft
 from jgrpo.validation import validate_supervised
 

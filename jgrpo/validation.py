@@ -11,9 +11,10 @@ from pathlib import Path
 from re import sub
 from typing import Any, NamedTuple, TypeVar
 
-from jgrpo.config import LINEAR_MODULES, AnyConfig, SftConfig, TrainConfig
+from jgrpo.config import LINEAR_MODULES, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.settings import flag, flatten, nearest
+from jgrpo.sft_config import AnyConfig, SftConfig
 
 C = TypeVar("C", TrainConfig, SftConfig)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from jgrpo.cli import config_from_args, load_config, resolve_config, save_config
-from jgrpo.config import LoraConfig, SftConfig, TrainConfig
+from jgrpo.config import LoraConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.settings import attribute_docstrings, build, flatten, preset_names, scalar, settings_of, to_yaml
+from jgrpo.sft_config import SftConfig
 from jgrpo.validation import (
     RANGES,
     RESUME_MAY_CHANGE,

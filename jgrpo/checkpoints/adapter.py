@@ -19,10 +19,11 @@ from jgrpo.checkpoints.atomic import atomic_directory
 from jgrpo.checkpoints.names import adapter_prefixes
 from jgrpo.checkpoints.safetensors_io import TensorInfo, read_header, read_rows, write_tensors
 from jgrpo.checkpoints.source import read_json, resolve_checkpoint
-from jgrpo.config import LoraConfig, SftConfig, TrainConfig
+from jgrpo.config import LoraConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import ALL_MODULES, Params, init_lora, module_shapes
 from jgrpo.models import ModelConfig
+from jgrpo.sft_config import SftConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jgrpo.config import SftDataConfig
 from jgrpo.data.prompts import as_user_messages, checked_prompt, encode_prompts, render, with_system_prompt
 from jgrpo.data.source import Split, read_rows
 from jgrpo.data.tasks import Row, find_task
 from jgrpo.errors import UserError
+from jgrpo.sft_config import SftDataConfig
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jgrpo.config import AnyConfig
 from jgrpo.reporting.diagnose import Watch
+from jgrpo.sft_config import AnyConfig
 
 FRESH = -1
 """`first_step` of a run that continues nothing: not even a record of step 0 is kept."""

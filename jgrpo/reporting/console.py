@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from jgrpo.config import AnyConfig
 from jgrpo.reporting.base import CompletionRow, Sink
 from jgrpo.reporting.samples import notable
 from jgrpo.reporting.text import duration, number, printable, size
+from jgrpo.sft_config import AnyConfig
 
 ROWS_SHOWN = 4
 

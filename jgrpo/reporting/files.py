@@ -11,8 +11,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
-from jgrpo.config import AnyConfig
 from jgrpo.reporting.base import CompletionRow, Sink
+from jgrpo.sft_config import AnyConfig
 
 METRICS, WARNINGS, COMPLETIONS = "metrics.jsonl", "warnings.jsonl", "completions"
 

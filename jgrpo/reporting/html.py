@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jgrpo.cli import load_run_config
-from jgrpo.config import AnyConfig
 from jgrpo.errors import UserError
 from jgrpo.reporting.base import CompletionRow, Sink
 from jgrpo.reporting.charts import HEIGHT, LEFT, RIGHT, WIDTH, column, finite
@@ -31,6 +30,7 @@ from jgrpo.reporting.panels import panels
 from jgrpo.reporting.samples import notable
 from jgrpo.reporting.text import duration, number, printable, size
 from jgrpo.settings import flatten, settings_of
+from jgrpo.sft_config import AnyConfig
 
 SAMPLED_STEPS, ROWS_OF_A_STEP = 6, 6
 REFRESH_SECONDS = 60.0

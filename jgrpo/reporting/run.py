@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from jgrpo.config import AnyConfig
 from jgrpo.reporting.base import Reporter, Sink
 from jgrpo.reporting.console import Console
 from jgrpo.reporting.files import RunFiles
 from jgrpo.reporting.html import HtmlReport
 from jgrpo.reporting.trackers import TensorBoard, WeightsAndBiases
+from jgrpo.sft_config import AnyConfig
 
 
 def make_reporter(config: AnyConfig) -> Reporter:

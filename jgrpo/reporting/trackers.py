@@ -6,10 +6,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jgrpo.config import AnyConfig
 from jgrpo.errors import UserError
 from jgrpo.reporting.base import Sink
 from jgrpo.settings import flatten
+from jgrpo.sft_config import AnyConfig
 
 
 class TensorBoard(Sink):

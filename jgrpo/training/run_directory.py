@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from jgrpo.cli import load_config, save_config
-from jgrpo.config import AnyConfig, SftConfig, TrainConfig
+from jgrpo.config import TrainConfig
 from jgrpo.errors import UserError
+from jgrpo.sft_config import AnyConfig, SftConfig
 from jgrpo.validation import check_resume, with_output_dir
 
 C = TypeVar("C", TrainConfig, SftConfig)

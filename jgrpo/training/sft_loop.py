@@ -19,12 +19,12 @@ from jgrpo.checkpoints.adapter import replace_by_adapter
 from jgrpo.checkpoints.hf import eos_ids as stop_ids
 from jgrpo.checkpoints.hf import load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.train_state import Checkpoints
-from jgrpo.config import SftConfig
 from jgrpo.data import Cursor
 from jgrpo.data.packing import epoch_rows
 from jgrpo.data.supervised import PackedRows, PairDataset, has_held_out_pairs, load_pairs, rows_of_pairs
 from jgrpo.errors import UserError
 from jgrpo.reporting import FRESH, make_reporter, memory_metrics
+from jgrpo.sft_config import SftConfig
 from jgrpo.training.experience import host_metrics
 from jgrpo.training.forward import logprob_chunk
 from jgrpo.training.guards import StopSignals, check_finite

@@ -18,8 +18,9 @@ from jax import Array
 from jgrpo.checkpoints.adapter import export_adapter, start_adapter
 from jgrpo.checkpoints.hf import resolve_checkpoint
 from jgrpo.checkpoints.merged import export_merged
-from jgrpo.config import AlgorithmConfig, AnyConfig, LoraConfig
+from jgrpo.config import AlgorithmConfig, LoraConfig
 from jgrpo.lora import WEIGHTS
+from jgrpo.sft_config import AnyConfig
 from jgrpo.training.policy import Policy
 from jgrpo.training.run_directory import ADAPTER, MODEL
 from jgrpo.training.state import TrainState

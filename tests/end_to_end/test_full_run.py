@@ -13,11 +13,12 @@ from jgrpo import evaluate, export, sft, train
 from jgrpo.checkpoints.hf import load_base, load_model_config
 from jgrpo.checkpoints.train_state import load_adapter
 from jgrpo.cli import load_config, resolve_config
-from jgrpo.config import QuantizationConfig, SftConfig
+from jgrpo.config import QuantizationConfig
 from jgrpo.errors import UserError
 from jgrpo.export import load_run_adapter
 from jgrpo.lora import WEIGHTS
 from jgrpo.models import Transformer
+from jgrpo.sft_config import SftConfig
 from jgrpo.training.loop import Run, Stopped
 from jgrpo.training.loop import train as train_as_configured
 from tests.training.setup import assert_trees_equal

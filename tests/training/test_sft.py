@@ -13,11 +13,11 @@ import pytest
 from jgrpo import sft
 from jgrpo.checkpoints.hf import load_model_config
 from jgrpo.cli import load_run_config
-from jgrpo.config import SftConfig, SftDataConfig
 from jgrpo.data.packing import epoch_rows, pack
 from jgrpo.data.supervised import Pair, load_pairs, rows_of_pairs
 from jgrpo.errors import UserError
 from jgrpo.export import load_adapter
+from jgrpo.sft_config import SftConfig, SftDataConfig
 from jgrpo.training import TrainState
 from jgrpo.training.loop import Stopped
 from jgrpo.training.sft_loop import SupervisedRun, in_microbatches
