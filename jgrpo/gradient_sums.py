@@ -5,7 +5,8 @@ where the backward starts: the stack goes through the scan as a carry, untouched
 (`_attach`), and at the end it is tied to the result (`_tie`), whose backward gives the sum as the carry's cotangent. Then the
 layers' backwards add their part to it, each in its row, and XLA does that in place.
 
-A parameter that comes as `Summed` must be read by one forward of the loss only: each would start from the sum.
+Every forward that reads a parameter starts from its sum, so a second one would count the sum twice: it raises while the loss
+is traced.
 """
 
 from collections.abc import Callable
@@ -17,18 +18,40 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 
+class _Once:
+    """Whether a parameter has been read: Python state of one tracing of the loss, which copies of the parameter share."""
+
+    def __init__(self) -> None:
+        self.is_read = False
+
+
 class Summed(struct.PyTreeNode):
-    """A parameter and the sum so far of its gradients; differentiating with respect to `value` gives the sum with the new one."""
+    """A parameter and the sum so far of its gradients; differentiating with respect to `value` gives the sum with the new one.
+
+    To be made where the loss is traced, and read once.
+    """
 
     value: Float[Array, "..."]
     total: Float[Array, "..."]
+    once: _Once = struct.field(pytree_node=False, default_factory=_Once)
+
+    def read(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """(value, total). Raises ValueError the second time."""
+        if self.once.is_read:
+            raise ValueError(
+                f"a second forward of the loss reads a parameter of shape {self.value.shape} whose gradients are summed: the sum "
+                "of the microbatches before would count twice; apply the model once in a loss, to all of its rows"
+            )
+        self.once.is_read = True
+        return self.value, self.total
 
 
 def entered(params: Any) -> Any:
-    """`params` with plain arrays for what is `Summed`: of arrays that no scan slices. Their gradient is added when it is whole."""
-    return jax.tree.map(
-        lambda leaf: _enter(leaf.value, leaf.total) if is_summed(leaf) else leaf, params, is_leaf=is_summed
-    )
+    """`params` with plain arrays for what is `Summed`: of arrays that no scan slices. Their gradient is added when it is whole.
+
+    Raises ValueError where one has been read before.
+    """
+    return jax.tree.map(lambda leaf: _enter(*leaf.read()) if is_summed(leaf) else leaf, params, is_leaf=is_summed)
 
 
 def is_summed(leaf: Any) -> bool:
@@ -37,9 +60,12 @@ def is_summed(leaf: Any) -> bool:
 
 
 def scan_layers(body: Callable[[Any, Int[Array, ""], Any], Any], x: Any, stacks: Any, count: int) -> Any:
-    """x after `x = body(x, layer, slices)` for every layer of `stacks` `[count, …]`, some of which may be `Summed`."""
+    """x after `x = body(x, layer, slices)` for every layer of `stacks` `[count, …]`, some of which may be `Summed`.
+
+    Raises ValueError where one of them has been read before.
+    """
     leaves, structure = jax.tree.flatten(stacks, is_leaf=is_summed)
-    sums = {i: leaf for i, leaf in enumerate(leaves) if is_summed(leaf)}
+    sums = {i: leaf.read() for i, leaf in enumerate(leaves) if is_summed(leaf)}
     plain = [jax.lax.stop_gradient(leaf.value) if is_summed(leaf) else leaf for leaf in leaves]
 
     def step(carry: tuple[Any, dict[int, Array]], inputs: tuple[Array, list[Array]]) -> tuple[Any, None]:
@@ -48,10 +74,10 @@ def scan_layers(body: Callable[[Any, Int[Array, ""], Any], Any], x: Any, stacks:
             slices[i], threads[i] = _attach(slices[i], thread, layer)
         return (body(x, layer, structure.unflatten(slices)), threads), None
 
-    carry = x, {i: leaf.value for i, leaf in sums.items()}
+    carry = x, {i: value for i, (value, _) in sums.items()}
     (x, threads), _ = jax.lax.scan(step, carry, (jnp.arange(count), plain))
     for i, thread in threads.items():
-        x = _tie(x, thread, sums[i].total)
+        x = _tie(x, thread, sums[i][1])
     return x
 
 

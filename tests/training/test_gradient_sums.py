@@ -118,3 +118,29 @@ def test_a_whole_model_enters_what_no_layer_reads() -> None:
     params = variables_of({}, {WEIGHTS: jax.tree.map(lambda w: Summed(w, w), weights)})["params"]
     assert not is_summed(params["embed"])
     assert is_summed(params["layers"]["w"])
+
+
+def test_a_second_forward_is_refused() -> None:
+    """It would start from the sum again."""
+    params, x = arrays(0), minibatch().x[0]
+
+    def twice(params: dict, part: Minibatch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, out = loss(params, part, index)
+        return first + model(params, x, remat=False).sum(), out
+
+    with pytest.raises(ValueError, match=r"second forward .* \(5, 24\)"):
+        accumulate(twice, params, minibatch())
+    summed = Summed(params["last"], params["last"])
+    entered({"last": summed})
+    with pytest.raises(ValueError, match="second forward"):
+        entered(jax.tree.map(lambda leaf: leaf, summed))
+
+
+def test_branches_of_a_program_each_make_their_forward() -> None:
+    """As `packed_at_length` has them: one for each size of a microbatch, of which one runs."""
+
+    def branches(function, part):
+        return jax.lax.switch(1, [function, function], part)
+
+    got = accumulate(loss, arrays(0), minibatch(), branches)
+    jax.tree.map(np.testing.assert_array_equal, got, accumulate(loss, arrays(0), minibatch()))
