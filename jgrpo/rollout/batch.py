@@ -56,7 +56,7 @@ def generate(
     same key gives the same tokens; `lora = {}` samples from the base model, `{"weights": …}` from those. `row_limits` gives
     rows lower limits of their own. With `config.prompts_at_once` so many prompts are sampled after each other, all in the
     same programs, and every row draws what it draws with all at once. Returns when the rollout is done. Not to be called
-    inside `jit`: it looks at which rows have ended; `rollout_program` is.
+    inside `jit`: it looks at which rows have ended.
     """
     questions, width = prompts.tokens.shape
     weights = decoded(model, base, lora, config, (questions, width))
@@ -143,7 +143,8 @@ def rollout_program(
 ) -> Rollout:
     """`generate` as one program, all prompts at once, at one shape from the first token to the last.
 
-    `merged` is `weights.merge`'s copy; `key` may be the rows' own keys (`sampler.row_keys`).
+    `merged` is `weights.merge`'s copy; `key` may be the rows' own keys (`sampler.row_keys`). May be lowered and compiled ahead,
+    but JAX refuses it inside another `jit`, because it has compiler options (`DECODING`).
     """
     setup = Setup.create(model, config, eos_ids, pad_id)
     variables = decoding_variables(model, base, lora, merged, unrolls(config))

@@ -13,7 +13,8 @@ those of its attention rows, and W = (H + 2K)·Hd:
 - optimizer: AdamW's two moments, float32 or 8 bits (`jgrpo.training.adam8bit`); gradients: the sum over microbatches, float32,
   which the backward of the layers adds to (`jgrpo.gradient_sums`), and on a CPU half as much again: XLA copies moments of 32
   bits there long before it updates them. Embedding, head and final norm of a trained model have the microbatch's own too, which
-  count as layer inputs. Optimizing: moments of 8 bits are wide for one leaf at a time.
+  count as layer inputs. Optimizing: with moments of 8 bits, one leaf's gradient after clipping, in whose place the update's
+  direction is written, beside the sum; with 32 bits XLA makes neither.
 - PPO's critic is an adapter and a head that are trained like the policy's: adapter, optimizer and gradients twice, and twice the
   layer inputs, since both forwards of a microbatch come before its backwards. Online DPO's rows are pairs, two to a prompt. A
   reference adapter (`reference_adapter`, `reference_sync_steps`) is one more adapter; a reference forward needs no more than a layer.
@@ -135,7 +136,7 @@ class MemoryPlan:
             ("activations", self.layer_inputs, f"update: layer inputs{on_host}"),
             ("one layer", self.layer, at_peak("layer")),
             ("log-prob workspace", self.logprobs, at_peak("logprobs")),
-            ("wide moments", self.optimizing, at_peak("optimizing")),
+            ("one leaf's update", self.optimizing, at_peak("optimizing")),
             ("total", self.total, f"peak in the {peak}"),
         ]
 
