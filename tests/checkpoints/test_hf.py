@@ -92,6 +92,15 @@ def test_quantized_base_does_not_depend_on_the_compute_dtype(tmp_path):
     )
 
 
+def traced_load(path, quantization: str) -> tuple[int, int]:
+    """(bytes of the base, peak of what Python and NumPy allocate while it is loaded)."""
+    tracemalloc.start()
+    base = load_base(path, model_config_from_hf(BIG), QuantizationConfig(quantization=quantization), jnp.bfloat16)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(base)), peak
+
+
 @pytest.mark.parametrize("quantization", ["int4", "none"])
 def test_host_holds_one_layer_and_no_transfer_is_large(big, quantization, monkeypatch):
     """As on a GPU: arrays are copied into memory that `tracemalloc` does not see, so that it counts those of the host."""
@@ -103,12 +112,7 @@ def test_host_holds_one_layer_and_no_transfer_is_large(big, quantization, monkey
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_put", copy)
-    config = model_config_from_hf(BIG)
-    tracemalloc.start()
-    base = load_base(big, config, QuantizationConfig(quantization=quantization), jnp.bfloat16)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    result = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    result, peak = traced_load(big, quantization)
     assert sum(sizes) == result
     assert max(sizes) <= PIECE_BYTES
     largest = 2 * BIG["vocab_size"] * BIG["hidden_size"]  # the embedding, in 16 bits; a layer is smaller
@@ -119,12 +123,7 @@ def test_host_holds_one_layer_and_no_transfer_is_large(big, quantization, monkey
 def test_peak_memory_on_a_cpu_is_the_result_and_one_tensor(big, quantization):
     size = (big / "model.safetensors").stat().st_size
     assert size > 200e6
-    config = model_config_from_hf(BIG)
-    tracemalloc.start()
-    base = load_base(big, config, QuantizationConfig(quantization=quantization), jnp.bfloat16)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    result = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    result, peak = traced_load(big, quantization)
     largest = 2 * BIG["vocab_size"] * BIG["hidden_size"]
     assert peak < result + largest
     if quantization == "int4":
