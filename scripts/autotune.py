@@ -3,7 +3,7 @@
     python scripts/autotune.py [--op int4_matmul|dense_matmul|gated_matmul|decode_attention] [--rows 16 64]
         [--shapes qwen2.5-1.5b llama-3.1-8b] [--output FILE] [--time-limit SECONDS]
 
-One JSON line for every shape: microseconds, GB/s, part of the bytes bound, and what cuBLAS takes with bf16 weights.
+One JSON line for every shape: microseconds, GB/s, part of the bytes bound, and what the library takes for 16-bit weights.
 
 Kernels are launched on torch tensors (as the tests do) and replayed from a CUDA graph that walks through a stack of
 layers larger than the L2 cache, so the times are those of a decoding loop without its host. Compilation runs in
@@ -17,6 +17,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes and configurations are JAX's business here
@@ -24,7 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes and configurations 
 import torch
 import triton
 import triton.language as tl
-from kernel_timing import CACHE_BYTES, check, compile_all, graph_time, partial_sum_us, sample, summary
+from kernel_timing import CACHE_BYTES, compile_all, fastest, partial_sum_us, right_time, sample, summary, tuned_entry
 from tune_dense import dense_candidates, dense_compile, tune_dense
 from tune_gated import gated_candidates, gated_compile, tune_gated
 
@@ -40,7 +43,6 @@ SHAPES = {
 # Query heads, kv heads, head_dim.
 HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
 GROUP, RANK = 64, 32
-OPS = ("int4_matmul", "dense_matmul", "gated_matmul", "decode_attention")
 GATE_UP = 2  # of a model's SHAPES
 
 
@@ -134,46 +136,33 @@ def int4_expected(inputs: dict, layer: int, permuted: bool):
     return x @ weight.T + inputs["xa"].float() @ inputs["b"][layer].float().T
 
 
-def tune_int4(m: int, n: int, k: int, candidates: list[Int4Config], report) -> tuple[float, Int4Config] | None:
-    """The fastest candidate that is also right."""
+def tune_int4(m: int, n: int, k: int, candidates: list[Int4Config], report) -> dict | None:
+    """The entry of the fastest candidate that is also right, its consumer's reads included."""
     inputs = int4_inputs(m, n, k)
-    layers, best = inputs["packed"].shape[0], None
     expected = {permuted: int4_expected(inputs, 1, permuted) for permuted in (False, True)}
-    for config in candidates:
+
+    def time_of(config: Int4Config) -> float | str:
         shape, dtype = ((m, n), torch.bfloat16) if config.split_k == 1 else ((config.split_k, m, n), torch.float32)
         out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
-        launch = lambda layer, config=config, out=out: int4_launch(inputs, out, m, n, k, config, layer)  # noqa: E731
-        try:
-            launch(1)
-        except triton.runtime.errors.OutOfResources as error:
-            report({"m": m, "n": n, "k": k, "config": vars(config), "error": str(error)})
-            continue
-        error = check(out, expected[config.product == WGMMA])
-        if not error < 1e-2:
-            report({"m": m, "n": n, "k": k, "config": vars(config), "error": f"wrong by {error}"})
-            continue
-        us = graph_time(launch, layers)
-        if not check(out, expected[config.product == WGMMA]) < 1e-2:
-            report({"m": m, "n": n, "k": k, "config": vars(config), "error": "wrong under load"})
-            continue
-        total = us + partial_sum_us(m, n, config.split_k)
-        report({"m": m, "n": n, "k": k, "config": vars(config), "us": us, "total": total, "relative_error": error})
-        best = min(best, (total, config), key=lambda pair: pair[0]) if best else (total, config)
-    return best
+        launch = partial(int4_launch, inputs, out, m, n, k, config)
+        us = right_time(launch, out, expected[config.product == WGMMA], inputs["packed"].shape[0])
+        return us + partial_sum_us(m, n, config.split_k) if isinstance(us, float) else us
+
+    return tuned_entry(fastest(candidates, time_of, report, m=m, n=n, k=k), m=m, n=n, k=k)
 
 
-def attention_candidates(rows: int, prompts: int) -> list[AttentionConfig]:
+def attention_candidates(q: int, g: int, heads, prompt: int, suffix: int) -> list[AttentionConfig]:
     """Block sizes and splits that give between one and sixteen programs a multiprocessor."""
-    found = []
-    for block, prompt_rows, suffix, prompt, warps, stages in itertools.product(
+    rows, prompts, found = q * g * heads[1], q * heads[1], []
+    for block, prompt_rows, suffix_splits, prompt_splits, warps, stages in itertools.product(
         (32, 64, 128), (16, 32), (1, 2, 3, 4, 6, 8, 16), (1, 2, 4), (2, 4), (2, 3, 4)
     ):
-        programs = rows * suffix
+        programs = rows * suffix_splits
         if not 132 <= programs <= 16 * 132 or block * stages > 256:
             continue
-        if prompt > 1 and prompts * prompt > 2 * 132:
+        if prompt_splits > 1 and prompts * prompt_splits > 2 * 132:
             continue
-        found.append(AttentionConfig(block, prompt_rows, suffix, prompt, warps, stages))
+        found.append(AttentionConfig(block, prompt_rows, suffix_splits, prompt_splits, warps, stages))
     # One program for prompt and suffix, and no merge, where that makes enough programs.
     whole = itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5)) if rows >= 96 else ()
     return found + [AttentionConfig(block, 16, 1, 0, *how) for block, *how in whole if block * how[1] <= 384]
@@ -270,30 +259,71 @@ def attention_expected(inputs: dict, layer: int):
 
 
 def tune_attention(q: int, g: int, heads, prompt: int, suffix: int, candidates, report):
-    """The fastest candidate that is also right."""
+    """The entry of the fastest candidate that is also right."""
     inputs = attention_inputs(q, g, heads, prompt, suffix)
-    expected, best = attention_expected(inputs, 1), None
-    shape = {"q": q, "g": g, "heads": heads, "prompt": prompt, "suffix": suffix}
-    moved = 4 * heads[1] * heads[2] * q * (prompt + g * suffix)
-    for config in candidates:
+    expected = attention_expected(inputs, 1)
+
+    def time_of(config: AttentionConfig) -> float | str:
         buffers = attention_buffers(inputs, config)
-        launch = lambda layer, config=config, buffers=buffers: attention_launch(inputs, buffers, config, layer)  # noqa: E731
-        try:
-            launch(1)
-        except triton.runtime.errors.OutOfResources as error:
-            report({**shape, "config": vars(config), "error": str(error)})
-            continue
-        error = check(buffers[2], expected)
-        if not error < 1e-2:
-            report({**shape, "config": vars(config), "error": f"wrong by {error}"})
-            continue
-        us = graph_time(launch, inputs["k"].shape[0])
-        if not check(buffers[2], expected) < 1e-2:
-            report({**shape, "config": vars(config), "error": "wrong under load"})
-            continue
-        report({**shape, "config": vars(config), "us": us, "tb_per_s": moved / us / 1e6, "relative_error": error})
-        best = min(best, (us, config), key=lambda pair: pair[0]) if best else (us, config)
-    return best
+        launch = partial(attention_launch, inputs, buffers, config)
+        return right_time(launch, buffers[2], expected, inputs["k"].shape[0])
+
+    best = fastest(candidates, time_of, report, q=q, g=g, heads=heads, prompt=prompt, suffix=suffix)
+    sizes = {"rows": q * g * heads[1], "prompts": q * heads[1], "head_dim": heads[2], "share": heads[0] // heads[1]}
+    return tuned_entry(best, **sizes)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One kernel's part of the tuning; every function takes a shape's numbers first."""
+
+    shapes: Callable[[argparse.Namespace], list[tuple]]
+    candidates: Callable[..., list]
+    compile: Callable[..., None]
+    """Of a shape and a configuration."""
+    tune: Callable[..., dict | None]
+    """The entry of the tuned file, of a shape, its candidates and `report`."""
+    moved: Callable[..., float]
+    """Bytes that are read and written at least."""
+
+
+def all_products(options: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """(M, N, K) of every linear layer."""
+    return [(m, n, k) for name in options.shapes for (n, k) in SHAPES[name] for m in options.rows]
+
+
+def gate_products(options: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """(M, N, K) of gate and up."""
+    return [(m, *SHAPES[name][GATE_UP]) for name in options.shapes for m in options.rows]
+
+
+def attention_shapes(options: argparse.Namespace) -> list[tuple]:
+    """(Q, G, heads, prompt, suffix)."""
+    return [(q, 8, HEADS[name], 256, options.suffix) for name in options.shapes for q in (8, 32)]
+
+
+OPS = {
+    "int4_matmul": Op(
+        all_products,
+        int4_candidates,
+        int4_compile,
+        tune_int4,
+        lambda m, n, k: n * k * (0.5 + 2 / GROUP) + 2 * m * (n + k),
+    ),
+    "dense_matmul": Op(
+        all_products, dense_candidates, dense_compile, tune_dense, lambda m, n, k: 2 * (n * k + m * (n + k))
+    ),
+    "gated_matmul": Op(
+        gate_products, gated_candidates, gated_compile, tune_gated, lambda m, n, k: 2 * (n * k + m * (n // 2 + k))
+    ),
+    "decode_attention": Op(
+        attention_shapes,
+        attention_candidates,
+        attention_compile,
+        tune_attention,
+        lambda q, g, heads, prompt, suffix: 4 * heads[1] * heads[2] * q * (prompt + g * suffix),
+    ),
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -331,46 +361,14 @@ def main(arguments: list[str]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(entries, indent=1) + "\n")
 
-    if "int4_matmul" in options.op:
-        shapes = [(m, n, k) for name in options.shapes for (n, k) in SHAPES[name] for m in options.rows]
-        plan = {shape: sample(int4_candidates(*shape), options.candidates) for shape in shapes}
+    for op in options.op:
+        plan = {shape: sample(OPS[op].candidates(*shape), options.candidates) for shape in OPS[op].shapes(options)}
         jobs = [(*shape, config) for shape, configs in plan.items() for config in configs]
-        compile_all(int4_compile, jobs, deadline - 30)
-        for (m, n, k), candidates in plan.items():
-            if time.time() < deadline and (best := tune_int4(m, n, k, candidates, report)):
-                entry = {**tuning.as_entry(best[1], m=m, n=n, k=k), "us": round(best[0], 2)}
-                keep("int4_matmul", entry)
-                print(summary("int4_matmul", entry, n * k * (0.5 + 2 / GROUP) + 2 * m * (n + k)), flush=True)
-    if "dense_matmul" in options.op:
-        shapes = [(m, n, k) for name in options.shapes for (n, k) in SHAPES[name] for m in options.rows]
-        plan = {shape: sample(dense_candidates(*shape), options.candidates) for shape in shapes}
-        compile_all(dense_compile, [(*s, config) for s, configs in plan.items() for config in configs], deadline - 30)
-        for (m, n, k), candidates in plan.items():
-            if time.time() < deadline and (entry := tune_dense(m, n, k, candidates, report)):
-                keep("dense_matmul", entry)
-                print(summary("dense_matmul", entry, 2 * (n * k + m * (n + k))), flush=True)
-    if "gated_matmul" in options.op:
-        shapes = [(m, *SHAPES[name][GATE_UP]) for name in options.shapes for m in options.rows]
-        plan = {shape: sample(gated_candidates(*shape), options.candidates) for shape in shapes}
-        compile_all(gated_compile, [(*s, config) for s, configs in plan.items() for config in configs], deadline - 30)
-        for (m, n, k), candidates in plan.items():
-            if time.time() < deadline and (entry := tune_gated(m, n, k, candidates, report)):
-                keep("gated_matmul", entry)
-                print(summary("gated_matmul", entry, 2 * (n * k + m * (n // 2 + k))), flush=True)
-    if "decode_attention" in options.op:
-        plan = {}
-        for name, q in itertools.product(options.shapes, (8, 32)):
-            heads = HEADS[name]
-            candidates = attention_candidates(q * 8 * heads[1], q * heads[1])
-            plan[q, 8, heads, 256, options.suffix] = sample(candidates, options.candidates)
-        jobs = [(*shape, config) for shape, configs in plan.items() for config in configs]
-        compile_all(attention_compile, jobs, deadline - 30)
-        for (q, g, heads, prompt, suffix), candidates in plan.items():
-            if time.time() < deadline and (best := tune_attention(q, g, heads, prompt, suffix, candidates, report)):
-                sizes = {"rows": q * g * heads[1], "prompts": q * heads[1], "head_dim": heads[2]}
-                entry = tuning.as_entry(best[1], **sizes, share=heads[0] // heads[1])
-                keep("decode_attention", {**entry, "us": round(best[0], 2)})
-                print(f"decode_attention heads={heads} q={q}: {best[0]:.1f} us {best[1]}", flush=True)
+        compile_all(OPS[op].compile, jobs, deadline - 30)
+        for shape, candidates in plan.items():
+            if time.time() < deadline and (entry := OPS[op].tune(*shape, candidates, report)):
+                keep(op, entry)
+                print(summary(op, entry, OPS[op].moved(*shape)), flush=True)
 
 
 if __name__ == "__main__":

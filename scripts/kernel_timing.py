@@ -6,8 +6,12 @@ import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 import torch
+import triton
+
+from pallas_kernels import tuning
 
 CACHE_BYTES = 256 * 2**20
 """Of a stack of layers that does not fit the L2 cache."""
@@ -44,6 +48,37 @@ def graph_time(launch, layers: int, repeats: int = 5) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / count)
     return sorted(times)[repeats // 2]
+
+
+def right_time(launch, out, expected, layers: int) -> float | str:
+    """Microseconds a launch of a kernel that fills `out`, or what is wrong with it; `launch(1)` gives `expected`."""
+    try:
+        launch(1)
+    except triton.runtime.errors.OutOfResources as error:
+        return str(error)
+    if not (error := check(out, expected)) < 1e-2:
+        return f"wrong by {error}"
+    us = graph_time(launch, layers)
+    return us if check(out, expected) < 1e-2 else "wrong under load"
+
+
+def fastest(candidates: list, time_of, report, **shape: int) -> tuple[float, Any] | None:
+    """(microseconds, configuration) of the fastest candidate that is also right; `time_of` one is as of `right_time`."""
+    best = None
+    for config in candidates:
+        result = time_of(config)
+        report({**shape, "config": vars(config), "result": result})
+        if isinstance(result, float) and (best is None or result < best[0]):
+            best = (result, config)
+    return best
+
+
+def tuned_entry(best: tuple[float, Any] | None, *, library: float | None = None, **sizes: int) -> dict | None:
+    """An entry of a tuned file, with the library's time where there is one; None where no candidate was right."""
+    if best is None:
+        return None
+    beside = {} if library is None else {"library_us": round(library, 2)}
+    return {**tuning.as_entry(best[1], **sizes), "us": round(best[0], 2), **beside}
 
 
 def partial_sum_us(m: int, n: int, split: int) -> float:

@@ -1,12 +1,13 @@
 """Configurations of the product with 16-bit weights, and what each takes: a part of `autotune.py`."""
 
 import itertools
+from functools import partial
 
 import torch
 import triton
-from kernel_timing import CACHE_BYTES, check, graph_time, partial_sum_us
+from kernel_timing import CACHE_BYTES, fastest, graph_time, partial_sum_us, right_time, tuned_entry
 
-from pallas_kernels import dense_matmul_triton, tuning
+from pallas_kernels import dense_matmul_triton
 from pallas_kernels.tuning import DenseConfig
 
 MULTIPROCESSORS = 132
@@ -64,16 +65,8 @@ def dense_time(inputs: dict, config: DenseConfig) -> float | str:
     def launch(layer: int) -> None:
         dense_matmul_triton.dense_matmul_kernel[grid](x, weight, index[layer], out, **constants)
 
-    try:
-        launch(1)
-    except triton.runtime.errors.OutOfResources as error:
-        return str(error)
-    if not (error := check(out, expected)) < 1e-2:
-        return f"wrong by {error}"
-    us = graph_time(launch, layers)
-    if not check(out, expected) < 1e-2:
-        return "wrong under load"
-    return us + partial_sum_us(m, n, config.split_k)
+    us = right_time(launch, out, expected, layers)
+    return us + partial_sum_us(m, n, config.split_k) if isinstance(us, float) else us
 
 
 def tune_dense(m: int, n: int, k: int, candidates: list[DenseConfig], report) -> dict | None:
@@ -83,14 +76,7 @@ def tune_dense(m: int, n: int, k: int, candidates: list[DenseConfig], report) ->
     x, weight = torch.randn(m, k, **half), torch.randn(layers, n, k, **half)
     index = torch.arange(layers, dtype=torch.int32, device="cuda").repeat_interleave(4).reshape(layers, 4).contiguous()
     inputs = {"x": x, "weight": weight, "index": index, "expected": x.float() @ weight[1].float().T}
-    out, best = torch.empty(m, n, **half), None
+    out = torch.empty(m, n, **half)
     library = graph_time(lambda layer: torch.mm(x, weight[layer].T, out=out), layers)
-    for config in candidates:
-        result = dense_time(inputs, config)
-        report({"m": m, "n": n, "k": k, "config": vars(config), "result": result})
-        if isinstance(result, float) and (best is None or result < best[0]):
-            best = (result, config)
-    if best is None:
-        return None
-    entry = tuning.as_entry(best[1], m=m, n=n, k=k)
-    return {**entry, "us": round(best[0], 2), "library_us": round(library, 2)}
+    best = fastest(candidates, partial(dense_time, inputs), report, m=m, n=n, k=k)
+    return tuned_entry(best, library=library, m=m, n=n, k=k)

@@ -1,10 +1,10 @@
 """Configurations of the product of gate and up with its gate, and what each takes: a part of `autotune.py`."""
 
 import itertools
+from functools import partial
 
 import torch
-import triton
-from kernel_timing import CACHE_BYTES, check, graph_time
+from kernel_timing import CACHE_BYTES, fastest, graph_time, right_time, tuned_entry
 
 from pallas_kernels import gated_activation_triton, gated_matmul_triton, tuning
 from pallas_kernels.tuning import GatedConfig
@@ -66,14 +66,7 @@ def gated_time(inputs: dict, config: GatedConfig) -> float | str:
     def launch(layer: int) -> None:
         gated_matmul_triton.gated_matmul_kernel[grid](x, weight, x, index[layer], out, **constants)
 
-    try:
-        launch(1)
-    except triton.runtime.errors.OutOfResources as error:
-        return str(error)
-    if not (error := check(out, expected)) < 1e-2:
-        return f"wrong by {error}"
-    us = graph_time(launch, weight.shape[0])
-    return us if check(out, expected) < 1e-2 else "wrong under load"
+    return right_time(launch, out, expected, weight.shape[0])
 
 
 def gated_inputs(m: int, n: int, k: int) -> dict:
@@ -104,14 +97,7 @@ def library_time(x, weight) -> float:
 
 def tune_gated(m: int, n: int, k: int, candidates: list[GatedConfig], report) -> dict | None:
     """The entry of the fastest candidate that is also right, with the time of cuBLAS and the gate beside it."""
-    inputs, best = gated_inputs(m, n, k), None
+    inputs = gated_inputs(m, n, k)
     library = library_time(inputs["x"], inputs["weight"])
-    for config in candidates:
-        result = gated_time(inputs, config)
-        report({"m": m, "n": n, "k": k, "config": vars(config), "result": result})
-        if isinstance(result, float) and (best is None or result < best[0]):
-            best = (result, config)
-    if best is None:
-        return None
-    entry = tuning.as_entry(best[1], m=m, n=n, k=k)
-    return {**entry, "us": round(best[0], 2), "library_us": round(library, 2)}
+    best = fastest(candidates, partial(gated_time, inputs), report, m=m, n=n, k=k)
+    return tuned_entry(best, library=library, m=m, n=n, k=k)
