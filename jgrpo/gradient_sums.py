@@ -69,15 +69,15 @@ def scan_layers(body: Callable[[Any, Int[Array, ""], Any], Any], x: Any, stacks:
     plain = [jax.lax.stop_gradient(leaf.value) if is_summed(leaf) else leaf for leaf in leaves]
 
     def step(carry: tuple[Any, dict[int, Array]], inputs: tuple[Array, list[Array]]) -> tuple[Any, None]:
-        (x, threads), (layer, slices) = carry, inputs
-        for i, thread in threads.items():
-            slices[i], threads[i] = _attach(slices[i], thread, layer)
-        return (body(x, layer, structure.unflatten(slices)), threads), None
+        (x, carried), (layer, slices) = carry, inputs
+        for i, stack in carried.items():
+            slices[i], carried[i] = _attach(slices[i], stack, layer)
+        return (body(x, layer, structure.unflatten(slices)), carried), None
 
     carry = x, {i: value for i, (value, _) in sums.items()}
-    (x, threads), _ = jax.lax.scan(step, carry, (jnp.arange(count), plain))
-    for i, thread in threads.items():
-        x = _tie(x, thread, sums[i][1])
+    (x, carried), _ = jax.lax.scan(step, carry, (jnp.arange(count), plain))
+    for i, stack in carried.items():
+        x = _tie(x, stack, sums[i][1])
     return x
 
 
@@ -90,9 +90,9 @@ _enter.defvjp(lambda value, total: (value, total), lambda total, gradient: (tota
 
 
 @jax.custom_vjp
-def _attach(piece: Array, thread: Array, layer: Array) -> tuple[Array, Array]:
-    """`piece`, whose gradient is added to row `layer` of the thread's."""
-    return piece, thread
+def _attach(piece: Array, stack: Array, layer: Array) -> tuple[Array, Array]:
+    """`piece` `[…]`, whose gradient is added to row `layer` of that of `stack` `[count, …]`."""
+    return piece, stack
 
 
 def _attach_backward(layer: Array, gradients: tuple[Array, Array]) -> tuple[None, Array, None]:
@@ -101,13 +101,13 @@ def _attach_backward(layer: Array, gradients: tuple[Array, Array]) -> tuple[None
     return None, jax.lax.dynamic_update_index_in_dim(total, row + piece, layer, 0), None
 
 
-_attach.defvjp(lambda piece, thread, layer: ((piece, thread), layer), _attach_backward)
+_attach.defvjp(lambda piece, stack, layer: ((piece, stack), layer), _attach_backward)
 
 
 @jax.custom_vjp
-def _tie(x: Array, thread: Array, total: Array) -> Array:
-    """`x`; the thread's gradient starts as `total`."""
+def _tie(x: Array, stack: Array, total: Array) -> Array:
+    """`x`; the gradient of `stack` starts as `total`."""
     return x
 
 
-_tie.defvjp(lambda x, thread, total: (x, total), lambda total, gradient: (gradient, total, None))
+_tie.defvjp(lambda x, stack, total: (x, total), lambda total, gradient: (gradient, total, None))

@@ -67,8 +67,8 @@ def generate(
         keys = row_keys(key, (questions, config.num_generations))
         parts = _parts(size, prompts, keys, row_limits, config.max_completion_length)
     # By way of the host, once nothing else of the sampling is alive. The small arrays of a rollout are allocated while its KV
-    # cache is there: left in their place, they can cut what is free in two when the cache goes. Under a cap of 3.4 GB an
-    # update that fitted in all found no single piece; this is the likely reason, not yet confirmed on a GPU.
+    # cache is there: left in their place, they can cut what is free in two when the cache goes. Under a cap of 3.4 GB, with
+    # them there, an update that fitted in all found no single piece of the size (docs/benchmarks.md).
     hosts: list[Rollout] = []
     places: Any = None
     for part in parts:

@@ -31,7 +31,7 @@ from jgrpo.quantization import MixedWeight, PackedWeight, dequantize
 Params = Mapping[str, Any]
 
 MERGED_ROWS = 64
-"""Rows from which auto prefers the merged copy: a quarter faster at 64 on an H200 (docs/benchmarks.md), more with more rows."""
+"""Rows from which auto prefers the merged copy: a third faster at 64 on an H200 (docs/benchmarks.md), more with more rows."""
 MEMORY_SHARE = 0.6
 """Share of the device's memory that base, copy and cache may fill under auto; the update needs the rest."""
 

@@ -276,11 +276,17 @@ def accumulate(
     `loss(lora, microbatch, index) -> (scalar, terms)`; the microbatches' losses add up to the minibatch's, a pytree whose
     arrays are `[M, B, …]`, with a `mask` among them. `branch(function, part)` calls the function with the microbatch.
     The loss gets `Summed` parameters, so that its backward adds to the sum of the microbatches before.
+
+    Raises:
+        ValueError: the loss applies the model more than once to the same parameters.
     """
 
     def step(sums: Any, inputs: Any) -> tuple[Any, Any]:
         (total, grads), (part, index) = sums, inputs
-        summed = lambda lora, part: loss(jax.tree.map(Summed, lora, grads), part, index)  # noqa: E731
+
+        def summed(lora: Params, part: Any) -> Any:
+            return loss(jax.tree.map(Summed, lora, grads), part, index)
+
         (value, terms), grads = branch(partial(jax.value_and_grad(summed, has_aux=True), lora), part)
         return (total + value, grads), terms
 
