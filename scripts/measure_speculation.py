@@ -31,7 +31,7 @@ from jgrpo.rollout import Rollout
 from jgrpo.training.forward import packed_tokens, rows_of
 from jgrpo.training.task import prompt_width
 
-MEASURED = {64: 2.31, 256: 3.89, 512: 5.86}
+MEASURED = {64: 1.79, 256: 2.98, 512: 5.04}
 """Rows -> ms of a decode step, Qwen2.5-1.5B, bf16 copy, H200 (docs/benchmarks.md)."""
 ATTENTION_US = 5.1
 """Of a step's attention a row, there at 64 rows; less with more rows, which are then taken for cheaper than they are."""
