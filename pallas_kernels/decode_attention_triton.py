@@ -9,10 +9,6 @@ Bound by the bytes of keys and values. One launch holds two kinds of programs, s
 
 Each leaves float32 (max, sum, weighted values) in base 2; a second small kernel merges them (Dao et al., Flash-Decoding,
 2023). A part with nothing to see leaves max = -inf, and the merge does not read its values.
-
-With `AttentionConfig.prompt_splits` = 0 there is one kind of program and nothing to merge: each reads the prompt and then its
-own suffix, unsplit. The G programs of a group run at the same time, so that memory still gives the prompt up about once
-and the L2 cache the rest; that is the faster way where there are few groups, and a second launch costs what it saves.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
@@ -254,83 +250,6 @@ def decode_attention_kernel(
 
 
 @triton.jit
-def whole_attention_kernel(
-    q_ptr,
-    prompt_k_ptr,
-    prompt_v_ptr,
-    prompt_lengths_ptr,
-    k_ptr,
-    v_ptr,
-    length_ptr,
-    layer_ptr,
-    prompt_k_scale_ptr,
-    prompt_v_scale_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    out_ptr,
-    permuted_ptr,
-    scale_log2: tl.constexpr,
-    Q: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    KV: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CODED: tl.constexpr,
-    LAYER_IS_POINTER: tl.constexpr,
-    LENGTH_IS_POINTER: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PERMUTED: tl.constexpr,
-):
-    """out[Q*G*H, D] and, if PERMUTED, the same with permuted columns; programs (tile of query heads, kv head, generation) over prompt and suffix, one after the other."""
-    SHARE: tl.constexpr = H // KV
-    TILES: tl.constexpr = (SHARE + 15) // 16
-    layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
-    length = tl.load(length_ptr) if LENGTH_IS_POINTER else length_ptr
-    pid = tl.program_id(0)
-    head = pid // TILES % KV
-    generation = pid // (TILES * KV)  # counted over all questions
-    question = generation // G
-    row = pid % TILES * 16 + tl.arange(0, 16)
-    query = generation * H + head * SHARE + row
-    valid = row < SHARE
-    depth = tl.arange(0, D)
-    q = tl.load(q_ptr + query[:, None] * D + depth[None, :], mask=valid[:, None], other=0.0)
-
-    prompt_length = tl.load(prompt_lengths_ptr + question)
-    visible = tl.maximum(prompt_length + length - WINDOW, 0) if WINDOW > 0 else 0
-    start, end = _part(visible, prompt_length, 0, 1, BLOCK)
-    base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
-    keys, values = prompt_k_ptr + base * D, prompt_v_ptr + base * D
-    scales = prompt_k_scale_ptr + base, prompt_v_scale_ptr + base
-    first, first_sum, first_values = _attend(
-        q, keys, values, scales[0], scales[1], start, end, visible, scale_log2, CODED, D, BLOCK, STAGES
-    )
-
-    visible = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
-    start, end = _part(visible, length, 0, 1, BLOCK)
-    base = layer * tl.full((), Q * G * KV * C, tl.int64) + (generation * KV + head) * tl.full((), C, tl.int64)
-    keys, values = k_ptr + base * D, v_ptr + base * D
-    scales = k_scale_ptr + base, v_scale_ptr + base
-    second, second_sum, second_values = _attend(
-        q, keys, values, scales[0], scales[1], start, end, visible, scale_log2, CODED, D, BLOCK, STAGES
-    )
-
-    # The suffix holds the current token, so its maximum is finite; the prompt's is -inf where a window hides it all.
-    highest = tl.maximum(first, second)
-    first_weight, second_weight = tl.exp2(first - highest), tl.exp2(second - highest)
-    total = first_sum * first_weight + second_sum * second_weight
-    out = (first_values * first_weight[:, None] + second_values * second_weight[:, None]) / total[:, None]
-    out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + query[:, None] * D + depth[None, :], out, mask=valid[:, None])
-    if PERMUTED:
-        tl.store(permuted_ptr + query[:, None] * D + permuted_column(depth)[None, :], out, mask=valid[:, None])
-
-
-@triton.jit
 def merge_kernel(
     stats_ptr,
     values_ptr,
@@ -364,11 +283,6 @@ def kernel_constants(
     """The kernel's shape and block parameters, shared by the GPU launch and the interpreter's tests."""
     (questions, generations, heads, head_dim), kv_heads = q.shape, k.shape[3]
     rows = generations * heads // kv_heads
-    parts = {
-        "ROWS": min(config.prompt_rows, max(16, triton.next_power_of_2(rows))),
-        "PROMPT_SPLITS": config.prompt_splits,
-        "SUFFIX_SPLITS": config.suffix_splits,
-    }
     return {
         "scale_log2": scale * _LOG2_E,
         "Q": questions,
@@ -382,15 +296,15 @@ def kernel_constants(
         "CODED": coded,
         "BLOCK": config.block_slots,
         "STAGES": config.stages,
-        **(parts if config.prompt_splits else {}),
+        "ROWS": min(config.prompt_rows, max(16, triton.next_power_of_2(rows))),
+        "PROMPT_SPLITS": config.prompt_splits,
+        "SUFFIX_SPLITS": config.suffix_splits,
     }
 
 
 def grid(constants: dict) -> tuple[int]:
-    """Prompt programs first: they are the longer ones. Without splits of the prompt, one program does both."""
+    """Prompt programs first: they are the longer ones."""
     share = constants["H"] // constants["KV"]
-    if "PROMPT_SPLITS" not in constants:
-        return (constants["Q"] * constants["G"] * constants["KV"] * triton.cdiv(share, 16),)
     tiles = triton.cdiv(constants["G"] * share, constants["ROWS"])
     prompt_programs = tiles * constants["PROMPT_SPLITS"]
     suffix_programs = constants["G"] * triton.cdiv(share, 16) * constants["SUFFIX_SPLITS"]
@@ -412,7 +326,7 @@ def decode_attention(
     permuted: bool = False,
     config: tuning.AttentionConfig | None = None,
 ) -> Rows:
-    """Launch the kernel, or the two; the arguments are those of `pallas_kernels.decode_attention_rows`."""
+    """Launch the two kernels; the arguments are those of `pallas_kernels.decode_attention_rows`."""
     from pallas_kernels.triton_launch import triton_call
 
     questions, generations, heads, head_dim = q.shape
@@ -421,13 +335,11 @@ def decode_attention(
     config = config or tuning.attention_config(*sizes)
     constants = kernel_constants(q, prompt_k, k, scale, window, config, coded=scales is not None)
     rows, splits = questions * generations * heads, config.prompt_splits + config.suffix_splits
-    result = jax.ShapeDtypeStruct((questions * generations, heads * head_dim), q.dtype)
-    results = [result, result if permuted else jax.ShapeDtypeStruct((16,), q.dtype)]
     parts = [
         jax.ShapeDtypeStruct((rows, splits, 2), jnp.float32),
         jax.ShapeDtypeStruct((rows, splits, head_dim), jnp.float32),
     ]
-    out = triton_call(
+    stats, values = triton_call(
         q,
         prompt_k,
         prompt_v,
@@ -437,26 +349,26 @@ def decode_attention(
         length,
         layer,
         *(scales or (prompt_lengths,) * 4),  # pointers that the kernel doesn't follow
-        kernel=decode_attention_kernel if config.prompt_splits else whole_attention_kernel,
-        out_shape=parts if config.prompt_splits else results,
+        kernel=decode_attention_kernel,
+        out_shape=parts,
         grid=grid(constants),
         num_warps=config.warps,
         num_stages=config.stages,
         LAYER_IS_POINTER=isinstance(layer, jax.Array),
         LENGTH_IS_POINTER=isinstance(length, jax.Array),
         **constants,
-        **({} if config.prompt_splits else {"PERMUTED": permuted}),
     )
-    if config.prompt_splits:
-        out = triton_call(
-            *out,
-            kernel=merge_kernel,
-            out_shape=results,
-            grid=(rows,),
-            num_warps=1,
-            D=head_dim,
-            SPLITS=splits,
-            SPLITS_PAD=triton.next_power_of_2(splits),
-            PERMUTED=permuted,
-        )
-    return Rows(out[0], out[1] if permuted else None)
+    result = jax.ShapeDtypeStruct((questions * generations, heads * head_dim), q.dtype)
+    plain, reordered = triton_call(
+        stats,
+        values,
+        kernel=merge_kernel,
+        out_shape=[result, result if permuted else jax.ShapeDtypeStruct((16,), q.dtype)],
+        grid=(rows,),
+        num_warps=1,
+        D=head_dim,
+        SPLITS=splits,
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        PERMUTED=permuted,
+    )
+    return Rows(plain, reordered if permuted else None)

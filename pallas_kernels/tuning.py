@@ -69,10 +69,7 @@ class GatedConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has.
-
-    prompt_splits = 0: the programs of the suffixes read the prompt too, each its own; suffix_splits must then be 1.
-    """
+    """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has."""
 
     block_slots: int
     prompt_rows: int

@@ -163,9 +163,7 @@ def attention_candidates(q: int, g: int, heads, prompt: int, suffix: int) -> lis
         if prompt_splits > 1 and prompts * prompt_splits > 2 * 132:
             continue
         found.append(AttentionConfig(block, prompt_rows, suffix_splits, prompt_splits, warps, stages))
-    # One program for prompt and suffix, and no merge, where that makes enough programs.
-    whole = itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5)) if rows >= 96 else ()
-    return found + [AttentionConfig(block, 16, 1, 0, *how) for block, *how in whole if block * how[1] <= 384]
+    return found
 
 
 def attention_inputs(q: int, g: int, heads, prompt: int, suffix: int) -> dict:
@@ -186,30 +184,22 @@ def attention_inputs(q: int, g: int, heads, prompt: int, suffix: int) -> dict:
     }
 
 
-def attention_kernel(config: AttentionConfig):
-    """The kernel of the configuration."""
-    whole = decode_attention_triton.whole_attention_kernel
-    return decode_attention_triton.decode_attention_kernel if config.prompt_splits else whole
-
-
 def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: AttentionConfig) -> None:
     """Fill Triton's cache with one kernel; shapes are those of `attention_inputs`."""
     h, kv, depth = heads
     like = {"q": (q, g, h, depth), "prompt_k": (1, q, kv, prompt, depth), "k": (1, q, g, kv, suffix, depth)}
     empty = [torch.empty(shape, device="meta") for shape in like.values()]
     half, whole, wide = torch.bfloat16, torch.int32, torch.float32
-    outputs = [wide, wide] if config.prompt_splits else [half, half]
-    attention_kernel(config).warmup(
+    decode_attention_triton.decode_attention_kernel.warmup(
         *[half, half, half, whole, half, half, whole, whole],
         *[wide] * 4,  # of a cache without codes: pointers that the kernel doesn't follow
-        *outputs,
+        *[wide] * 2,
         grid=(1,),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **decode_attention_triton.kernel_constants(*empty, depth**-0.5, None, config),
-        **({} if config.prompt_splits else {"PERMUTED": False}),
     )
 
 
@@ -220,22 +210,21 @@ def attention_launch(inputs: dict, buffers, config: AttentionConfig, layer: int)
         inputs["q"], inputs["prompt_k"], inputs["k"], inputs["q"].shape[-1] ** -0.5, None, config
     )
     names = ("q", "prompt_k", "prompt_v", "lengths", "k", "v", "length")
-    attention_kernel(config)[decode_attention_triton.grid(constants)](
+    decode_attention_triton.decode_attention_kernel[decode_attention_triton.grid(constants)](
         *(inputs[name] for name in names),
         inputs["index"][layer],
         *(stats,) * 4,
-        *((stats, values) if config.prompt_splits else (out, out)),
+        stats,
+        values,
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
-        **({} if config.prompt_splits else {"PERMUTED": False}),
     )
-    if config.prompt_splits:
-        rows, splits = stats.shape[:2]
-        sizes = dict(D=values.shape[-1], SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PERMUTED=False)
-        decode_attention_triton.merge_kernel[(rows,)](stats, values, out, out, num_warps=1, **sizes)
+    rows, splits = stats.shape[:2]
+    sizes = dict(D=values.shape[-1], SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PERMUTED=False)
+    decode_attention_triton.merge_kernel[(rows,)](stats, values, out, out, num_warps=1, **sizes)
 
 
 def attention_buffers(inputs: dict, config: AttentionConfig):

@@ -106,23 +106,6 @@ def decode_attention(head_dim: int, capability: int, cache: str = "bfloat16") ->
     return compile_kernel(decode_attention_triton.decode_attention_kernel, types, constants, config, capability)
 
 
-def whole_attention(head_dim: int, capability: int) -> tuple[int, int]:
-    """One program for prompt and suffix."""
-    q = ShapeDtypeStruct((8, 8, 12, head_dim), "bfloat16")
-    prompt, suffix = (
-        ShapeDtypeStruct(shape, "bfloat16") for shape in [(2, 8, 2, 256, head_dim), (2, 8, 8, 2, 512, head_dim)]
-    )
-    config = tuning.AttentionConfig(64, 16, 1, 0, warps=4, stages=3)
-    types = dict.fromkeys(
-        ("q_ptr", "prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr", "out_ptr", "permuted_ptr"), "*bf16"
-    )
-    types |= dict.fromkeys(("prompt_k_scale_ptr", "prompt_v_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
-    types |= dict.fromkeys(("prompt_lengths_ptr", "length_ptr", "layer_ptr"), "*i32")
-    constants = decode_attention_triton.kernel_constants(q, prompt, suffix, 0.1, 100, config)
-    constants |= {"LAYER_IS_POINTER": True, "LENGTH_IS_POINTER": True, "PERMUTED": True}
-    return compile_kernel(decode_attention_triton.whole_attention_kernel, types, constants, config, capability)
-
-
 def rope_and_cache(capability: int, layer_type: str, cache_type: str = "bfloat16") -> tuple[int, int]:
     """With norms, the layer behind a pointer or as a number (of which Triton makes a constant where it is 1)."""
     qkv, cache = ShapeDtypeStruct((3, 8, 8, 16 * 128), "float32"), ShapeDtypeStruct((2, 8, 8, 2, 512, 128), cache_type)
@@ -203,8 +186,6 @@ if __name__ == "__main__":
             print(f"int4_matmul-{rows}-parts-sm_{target}", *int4_matmul(rows, target, 96, 6), flush=True)
         for head_dim in (64, 128, 256):
             print(f"decode_attention-{head_dim}-sm_{target}", *decode_attention(head_dim, target), flush=True)
-        for head_dim in (64, 128):
-            print(f"whole_attention-{head_dim}-sm_{target}", *whole_attention(head_dim, target), flush=True)
         for layer_type in ("*i32", "i32", "constexpr"):
             print(f"rope_and_cache-{layer_type}-sm_{target}", *rope_and_cache(target, layer_type), flush=True)
         for rows, swapped in ((16, True), (64, False), (64, True), (128, True)):

@@ -129,10 +129,7 @@ def decode_attention(
     splits = config.prompt_splits + config.suffix_splits
     stats, values = poisoned(rows, splits, 2), poisoned(rows, splits, depth)
     out, reordered = poisoned(rows, depth), poisoned(rows, depth)
-    whole = config.prompt_splits == 0
-    triton_kernels = decode_attention_triton
-    kernel = triton_kernels.whole_attention_kernel if whole else triton_kernels.decode_attention_kernel
-    kernel[triton_kernels.grid(constants)](
+    decode_attention_triton.decode_attention_kernel[decode_attention_triton.grid(constants)](
         q,
         prompt_k,
         prompt_v,
@@ -142,17 +139,16 @@ def decode_attention(
         scalar(length),
         scalar(layer),
         *(scales or (stats,) * 4),
-        *([out, reordered] if whole else [stats, values]),
+        stats,
+        values,
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
-        **({"PERMUTED": True} if whole else {}),
     )
-    if not whole:
-        sizes = dict(D=depth, SPLITS=splits, SPLITS_PAD=1 << (splits - 1).bit_length(), PERMUTED=True)
-        triton_kernels.merge_kernel[(rows,)](stats, values, out, reordered, **sizes)
+    sizes = dict(D=depth, SPLITS=splits, SPLITS_PAD=1 << (splits - 1).bit_length(), PERMUTED=True)
+    decode_attention_triton.merge_kernel[(rows,)](stats, values, out, reordered, **sizes)
     assert torch.equal(reordered, permuted(out))
     return out.cpu().numpy().reshape(q.shape)
 
