@@ -1,8 +1,8 @@
 """x @ W^T for 16-bit weights and the few rows of a decode step, as partial sums.
 
 Such a product is bound by the bytes of W, which every multiprocessor must help to read; a small W has too few tiles of
-rows for that, so K is split too. XLA's own products do not split K for these shapes, and cannot leave the sum of the
-parts to their consumer. Which of the two is faster is measured for each shape (`tuning.dense_measurement`); where it was
+rows for that, so K is split too. XLA's own products, where they split K, cannot leave the sum of the parts to their
+consumer. Which of the two is faster is measured for each shape (`tuning.dense_measurement`); where it was
 not, `dispatch.py` decides by the number of tiles.
 """
 
