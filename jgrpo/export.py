@@ -16,14 +16,16 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from jgrpo import calibration
 from jgrpo.checkpoints import train_state
 from jgrpo.checkpoints.adapter import export_adapter, load_adapter
 from jgrpo.checkpoints.atomic import atomic_directory, check_free
+from jgrpo.checkpoints.calibrated import CalibratedRounding
 from jgrpo.checkpoints.gguf_file import TYPES as GGUF_TYPES
 from jgrpo.checkpoints.gguf_file import read_gguf, write_gguf
 from jgrpo.checkpoints.gguf_metadata import gguf_note
 from jgrpo.checkpoints.gptq import GPTQEncoding
-from jgrpo.checkpoints.hf import load_base, load_model_config, load_tokenizer, resolve_checkpoint
+from jgrpo.checkpoints.hf import eos_ids, load_base, load_model_config, load_tokenizer, resolve_checkpoint
 from jgrpo.checkpoints.merged import export_merged, merged_rows
 from jgrpo.checkpoints.source import read_config, stored_dtype
 from jgrpo.cli import load_config, parse_command, run_command
@@ -31,6 +33,7 @@ from jgrpo.config import LoraConfig, QuantizationConfig, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import WEIGHTS, Params
 from jgrpo.models import ModelConfig, Transformer
+from jgrpo.reporting.files import logged_steps
 
 __all__ = ["check_merged", "export_adapter", "export_merged", "export_run", "load_adapter", "load_run_adapter"]
 
@@ -64,6 +67,11 @@ class ExportConfig:
     """Matrices of the GGUF file."""
     max_shard_gb: float = 5.0
     """Largest safetensors file of the merged checkpoint, in GB."""
+    calibration: str | None = None
+    """Text that four bits (gptq, Q4_0) are rounded against: a .jsonl, .json, .parquet or .csv file or hub id with a column prompt and, if
+    there is one, completion; null: the completions that the run logged, and where it has none, ones that the model draws."""
+    calibration_tokens: int = 16384
+    """Tokens of it that are used: fewer are faster, more keep more of the adapter; 0: no text, every weight at its nearest level."""
     check: bool = True
     """Read the merged checkpoint back and compare its logits with base + adapter (needs memory for both)."""
 
@@ -189,6 +197,12 @@ def export_run(settings: ExportConfig) -> Path:
     check_free(settings.output)
     if settings.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb is {settings.max_shard_gb}: expected a number above 0")
+    if settings.calibration_tokens < 0:
+        raise UserError(f"--calibration-tokens is {settings.calibration_tokens}: expected 0 or more")
+    if settings.calibration is not None and not (_is_four_bits(settings) and settings.calibration_tokens):
+        raise UserError(
+            "--calibration is for four bits: --format gptq, or gguf with --gguf-type Q4_0, and tokens to use of it"
+        )
     if not (run / "config.yaml").is_file():
         raise UserError(f"run {run}: no config.yaml, so not the directory of a run")
     config = load_config(run / "config.yaml")
@@ -208,12 +222,48 @@ def export_run(settings: ExportConfig) -> Path:
     return _export_merged_run(settings, config, checkpoint, model_config, lora, lora_config)
 
 
+def _is_four_bits(settings: ExportConfig) -> bool:
+    return settings.format == "gptq" or (settings.format == "gguf" and settings.gguf_type == "Q4_0")
+
+
+def _draws(settings: ExportConfig) -> bool:
+    """Whether the model has to draw the text that four bits are rounded against."""
+    logged = logged_steps(Path(settings.run).expanduser())
+    return _is_four_bits(settings) and settings.calibration_tokens > 0 and settings.calibration is None and not logged
+
+
+def _rounding(
+    settings: ExportConfig,
+    checkpoint: Path,
+    model_config: ModelConfig,
+    base: Params | None,
+    lora: Params,
+    lora_config: LoraConfig,
+) -> CalibratedRounding | None:
+    """What chooses the levels of a four-bit format; None: the nearest."""
+    if not (_is_four_bits(settings) and settings.calibration_tokens):
+        return None
+    tokenizer = load_tokenizer(checkpoint)
+    if _draws(settings):
+        assert base is not None
+        ends = eos_ids(checkpoint, tokenizer)
+        rows = calibration.drawn_rows(base, lora, lora_config, model_config, tokenizer, ends)
+        what = "completions that the model drew (the run logged none)"
+    elif settings.calibration is not None:
+        rows, what = calibration.rows_of_file(settings.calibration, tokenizer), settings.calibration
+    else:
+        rows, what = calibration.logged_rows(Path(settings.run).expanduser(), tokenizer), "completions of the run"
+    kept = calibration.mixed(rows, tokenizer, model_config, settings.calibration_tokens)
+    print(f"rounding against {sum(map(len, kept)):,} tokens: {what}, and a few general prompts")
+    return CalibratedRounding(model_config, kept)
+
+
 def _merge_base(settings: ExportConfig, config: TrainConfig, checkpoint: Path) -> tuple[bool, Params | None]:
     """Whether the checkpoint's own weights are merged into, and the base that the export needs, if it needs one."""
     # The weights of an already quantized checkpoint are the base that the adapter was trained on.
     original = settings.merge_into == "original" and not read_config(checkpoint).get("quantization_config")
     quantization = QuantizationConfig(quantization="none") if original else config.quantization
-    needs_base = settings.check or not original
+    needs_base = settings.check or not original or _draws(settings)
     if not needs_base:
         return original, None
     return original, load_base(checkpoint, load_model_config(checkpoint), quantization, stored_dtype(checkpoint))
@@ -240,13 +290,14 @@ def _export_merged_run(
             found = check_merged(merged, base, lora, lora_config, model_config, kind, tokenizer)
             print(f"{found}{'; rounding outweighs the adapter: export in a wider dtype' if found.rounded_away else ''}")
 
+    rounding = _rounding(settings, checkpoint, model_config, base, lora, lora_config)
     into = None if original else base
     if settings.format == "gguf":
         if note := gguf_note(model_config):
             print(note)
         rows = merged_rows(checkpoint, into, lora, lora_config)
         with atomic_directory(settings.output) as directory:
-            write_gguf(directory / GGUF_FILE, checkpoint, rows, model_config, settings.gguf_type)
+            write_gguf(directory / GGUF_FILE, checkpoint, rows, model_config, settings.gguf_type, rounding)
             verify(directory)
         return Path(settings.output)
     dtype = jnp.dtype(settings.merged_dtype)
@@ -258,7 +309,7 @@ def _export_merged_run(
         model_config,
         base=into,
         dtype=dtype,
-        encoding=GPTQEncoding(dtype, config.quantization.group_size) if settings.format == "gptq" else None,
+        encoding=GPTQEncoding(dtype, config.quantization.group_size, rounding) if settings.format == "gptq" else None,
         max_shard_bytes=int(settings.max_shard_gb * 1e9),
         verify=verify,
     )

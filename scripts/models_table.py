@@ -32,6 +32,7 @@ CHECKS = {
     "int4": "test_int4_logits_equal_transformers_on_dequantized_weights",
     "merged": "test_merged_int4_base_equals_base_plus_adapter",
     "GPTQ out": "test_gptq_export_is_read_word_by_word_and_by_jgrpo",
+    "GPTQ calibrated": "test_layers_one_by_one_are_the_model_and_a_small_adapter_survives",
     "GGUF out": "test_gguf_is_read_by_transformers",
     "llama.cpp": "test_llama_cpp_computes_what_jgrpo_does",
 }

@@ -13,24 +13,37 @@ from typing import Any
 
 import numpy as np
 
+from jgrpo.checkpoints.calibrated import CalibratedRounding
 from jgrpo.checkpoints.gguf_metadata import add_metadata, architecture, check_expressible, rope_tensors
 from jgrpo.checkpoints.gguf_tokenizer import add_tokenizer, model_name
 from jgrpo.checkpoints.merged import Rows, check_space
-from jgrpo.checkpoints.names import Placement, leaf_shapes, placements
+from jgrpo.checkpoints.names import Placement, in_order_of_layers, leaf_shapes, placements
 from jgrpo.errors import UserError
 from jgrpo.models import ModelConfig
+from jgrpo.quantization import Int4Weight
 
 TYPES = ("F16", "Q8_0", "Q4_0")
+Q4_0_GROUP = 32
+"""Elements that share a scale in Q4_0."""
 
 
-def write_gguf(file: Path, source: Path, rows: Rows, model_config: ModelConfig, kind: str) -> None:
+def write_gguf(
+    file: Path,
+    source: Path,
+    rows: Rows,
+    model_config: ModelConfig,
+    kind: str,
+    rounding: CalibratedRounding | None = None,
+) -> None:
     """Write `file`, its matrices as `kind` ("F16", "Q8_0" or "Q4_0"); the tokenizer is that of the checkpoint `source`.
+
+    `rounding` chooses the levels of what is stored as Q4_0; without it they are the nearest.
 
     Raises UserError if `gguf` is not installed, or the family, its rotary scaling or its tokenizer cannot be expressed.
     """
     gguf = _package()
     check_expressible(model_config)
-    placed = [placement for group in placements(model_config).values() for placement in group]
+    placed = in_order_of_layers(model_config)
     writer = gguf.GGUFWriter(file, architecture(model_config))
     add_metadata(gguf, writer, model_config, kind)
     tokens = add_tokenizer(gguf, writer, source, model_config.vocab_size)
@@ -52,9 +65,21 @@ def write_gguf(file: Path, source: Path, rows: Rows, model_config: ModelConfig, 
     for values in extra.values():
         writer.write_tensor_data(values)
     for placement in placed:
+        stored = _stored_type(gguf, placement, kind)
+        if rounding is not None and stored == gguf.GGMLQuantizationType.Q4_0:
+            writer.write_tensor_data(_q4_0(placement, rounding(placement, rows, Q4_0_GROUP, np.float16), model_config))
+            continue
         values = _forward(placement, rows(placement, 0, placement.shape[0]).astype(np.float32), model_config)
-        writer.write_tensor_data(gguf.quants.quantize(values, _stored_type(gguf, placement, kind)).view(np.uint8))
+        writer.write_tensor_data(gguf.quants.quantize(values, stored).view(np.uint8))
     writer.close()
+
+
+def _q4_0(placement: Placement, weight: Int4Weight, model_config: ModelConfig) -> np.ndarray:
+    """Blocks of Q4_0, uint8 [N, K/32 · 18]: a float16 scale, then 32 levels, packed as an `Int4Weight` packs them."""
+    scales = weight.scales[..., None].view(np.uint8)
+    levels = weight.packed.reshape(*scales.shape[:2], Q4_0_GROUP // 2)
+    blocks = np.concatenate([scales, levels], axis=-1)
+    return _forward(placement, blocks.reshape(len(blocks), -1), model_config)
 
 
 def read_gguf(file: Path, model_config: ModelConfig, put: Callable[[np.ndarray], Any]) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """Write merged matrices in four bits, in GPTQ's layout, which vLLM, SGLang and transformers (with GPTQModel) load.
 
 The layout is that of `jgrpo.checkpoints.formats`: symmetric, so every stored zero-point is 7 (+ 1 by the format's rule), no
-act-order. Levels are the nearest ones, the rule that jgrpo trains with: a module without an adapter, whose base was int4 of
-the same group size, keeps its levels. It is the layout of GPTQ, not its error-correcting search. Scales may be negative.
-They are float16 in the file, but vLLM casts them to the model's dtype: in a bfloat16 model they are values of both.
+act-order. Levels are chosen against a layer's inputs (`jgrpo.checkpoints.calibrated`: GPTQ's own search), or without any they are
+the nearest ones, the rule that jgrpo trains with. Scales are that rule's either way, so a model without an adapter, whose
+base was int4 of the same group size, keeps its levels. Scales may be negative. They are float16 in the file, but vLLM casts
+them to the model's dtype: in a bfloat16 model they are values of both.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jgrpo.checkpoints.calibrated import CalibratedRounding
 from jgrpo.checkpoints.merged import Encoding, Rows, blocks_of
 from jgrpo.checkpoints.names import MATRICES, Placement
 from jgrpo.checkpoints.safetensors_io import SafetensorsWriter, TensorSpec
@@ -23,9 +26,9 @@ _INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 class GPTQEncoding(Encoding):
     """Linear layers in four bits; embedding, head, norms and biases in `dtype`."""
 
-    def __init__(self, dtype: np.dtype, group_size: int) -> None:
+    def __init__(self, dtype: np.dtype, group_size: int, rounding: CalibratedRounding | None = None) -> None:
         super().__init__(dtype)
-        self.group_size = group_size
+        self.group_size, self.rounding = group_size, rounding
         self.scale_dtype = dtype if dtype == jnp.bfloat16 else _FLOAT16
 
     def config(self) -> dict[str, Any]:
@@ -68,8 +71,7 @@ class GPTQEncoding(Encoding):
             super().write(writer, placement, rows)
             return
         qweight, qzeros, scales, g_idx = (np.empty(spec.shape, spec.dtype) for spec in self.specs(placement))
-        for start, stop in blocks_of(placement):
-            block: Any = quantize(rows(placement, start, stop), self.group_size, self.scale_dtype)
+        for start, stop, block in self._four_bits(placement, rows):
             nibbles = unpack_nibbles(block.packed, self.group_size)
             qweight[:, start:stop] = _words(nibbles).T
             scales[:, start:stop] = block.scales.T
@@ -77,6 +79,14 @@ class GPTQEncoding(Encoding):
         g_idx[:] = np.arange(g_idx.size) // self.group_size
         for values in (qweight, qzeros, scales, g_idx):
             writer.write(values)
+
+    def _four_bits(self, placement: Placement, rows: Rows) -> Iterator[tuple[int, int, Any]]:
+        """(start, stop, those rows as an `Int4Weight`)."""
+        if self.rounding is not None:
+            yield 0, placement.shape[0], self.rounding(placement, rows, self.group_size, self.scale_dtype)
+            return
+        for start, stop in blocks_of(placement):
+            yield start, stop, quantize(rows(placement, start, stop), self.group_size, self.scale_dtype)
 
 
 def _is_linear(placement: Placement) -> bool:

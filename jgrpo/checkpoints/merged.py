@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgrpo.checkpoints.atomic import atomic_directory
-from jgrpo.checkpoints.names import MATRICES, Placement, placements
+from jgrpo.checkpoints.names import MATRICES, Placement, in_order_of_layers
 from jgrpo.checkpoints.safetensors_io import SafetensorsWriter, TensorSpec, read_rows, row_blocks
 from jgrpo.checkpoints.source import INDEX, SINGLE, read_config, resolve_checkpoint, tensor_index
 from jgrpo.config import LoraConfig
@@ -94,7 +94,7 @@ def export_merged(
     source = resolve_checkpoint(checkpoint)
     encoding = encoding or Encoding(np.dtype(dtype))
     rows = merged_rows(source, base, lora, lora_config)
-    ordered = [placement for placed in placements(model_config).values() for placement in placed]
+    ordered = in_order_of_layers(model_config)
     with atomic_directory(out, replace=replace) as directory:
         needed = sum(spec.nbytes for placement in ordered for spec in encoding.specs(placement))
         check_space(directory, needed)

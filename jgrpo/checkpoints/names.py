@@ -115,6 +115,12 @@ def placements(config: ModelConfig) -> dict[Leaf, list[Placement]]:
     return {leaf: _place(leaf, rows, shapes[leaf], config) for leaf, rows in by_leaf.items()}
 
 
+def in_order_of_layers(config: ModelConfig) -> list[Placement]:
+    """Every tensor, those without a layer first: the order in which a merged model is written, as it is computed."""
+    placed = [placement for group in placements(config).values() for placement in group]
+    return sorted(placed, key=lambda placement: -1 if placement.layer is None else placement.layer)
+
+
 def _place(leaf: Leaf, rows: list[Row], shape: tuple[int, ...], config: ModelConfig) -> list[Placement]:
     outs = {module: out for module, (out, _) in module_shapes(config).items()}
     layers: list[int | None] = list(range(shape[0])) if leaf[0] == "layers" else [None]

@@ -7,6 +7,7 @@ forward, under which keys cached earlier keep the old ones. Here `context_length
 vLLM does, so that a cached key, a key of the trainer's forward and a key of a longer row are the same.
 """
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jgrpo.models.config import RopeConfig
+from jgrpo.models.config import ModelConfig, RopeConfig
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds whose frequencies follow from the length of the longest row."""
@@ -74,6 +75,11 @@ def check_positions(rope: RopeConfig, context_length: int | None, positions: int
             f"rows of {positions} positions with {rope.kind!r} rotary scaling: its frequencies were chosen for {limit}; "
             f"set ModelConfig.context_length to at least {positions}"
         )
+
+
+def for_positions(config: ModelConfig, positions: int) -> ModelConfig:
+    """The model's settings for rows of up to `positions`, where its frequencies depend on that."""
+    return dataclasses.replace(config, context_length=positions) if config.rope.kind in LENGTH_DEPENDENT else config
 
 
 def rope_tables(

@@ -119,24 +119,34 @@ class Transformer(nn.Module):
         return self._norm(x, base["final_norm"])
 
     @nn.compact
+    def layer_inputs(
+        self, x: Float[Array, "B T D"], lengths: Int[Array, " B"], weights: Any, layer: int | Array
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T K"]]]:
+        """One layer of right-padded rows: its output, and the input of each of its matrices.
+
+        `weights` are the base's `layers`, or one layer's own, whose leaves then have no axis of layers; nothing else of the base is read.
+        """
+        positions, inputs = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), {}
+
+        def attend(qkv: Array) -> tuple[Array, None]:
+            q, k, v = self._heads(qkv, positions, weights, layer)
+            return self._attention(q, k, v, lengths, layer), None
+
+        x, _ = self._layer(x, weights, layer, {}, attend, observe=inputs.__setitem__)
+        return x, inputs
+
+    @nn.compact
     def input_moments(self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> dict[str, Float[Array, "L K"]]:
         """Mean square of every input of every linear layer, over the tokens of the rows: what rounding errors meet."""
         base = self._base()
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        real = (positions < lengths[:, None])[..., None]
+        real = (jnp.arange(tokens.shape[1]) < lengths[:, None])[..., None]
+
+        def moment(x: Array) -> Array:
+            return jnp.where(real, jnp.square(x.astype(jnp.float32)), 0).sum((0, 1)) / real.sum()
 
         def body(x: Array, layer: Array) -> tuple[Array, dict[str, Array]]:
-            moments: dict[str, Array] = {}
-
-            def observe(name: str, x: Array) -> None:
-                moments[name] = jnp.where(real, jnp.square(x.astype(jnp.float32)), 0).sum((0, 1)) / real.sum()
-
-            def attend(qkv: Array) -> tuple[Array, None]:
-                q, k, v = self._heads(qkv, positions, base["layers"], layer)
-                return self._attention(q, k, v, lengths, layer), None
-
-            x, _ = self._layer(x, base["layers"], layer, {}, attend, observe=observe)
-            return x, moments
+            x, inputs = self.layer_inputs(x, lengths, base["layers"], layer)
+            return x, jax.tree.map(moment, inputs)
 
         return jax.lax.scan(body, self._embed(base, tokens), jnp.arange(self.config.num_layers))[1]
 

@@ -15,7 +15,7 @@ from jgrpo.config import LoraConfig, ModelSettings, QuantizationConfig, RolloutC
 from jgrpo.data import Example, pad_prompts
 from jgrpo.lora import WEIGHTS
 from jgrpo.models import Transformer
-from jgrpo.models.rope import LENGTH_DEPENDENT
+from jgrpo.models.rope import for_positions
 from jgrpo.rollout import EnvironmentFactory, Prompts, Rollout, generate, generate_turns
 from jgrpo.rollout.ahead import compile_all, lower_rollout
 from jgrpo.training.compilation import enable_compilation_cache
@@ -122,10 +122,7 @@ def load_policy(
 
 def with_context(policy: Policy, context_length: int) -> Policy:
     """The policy for rows of up to `context_length` positions, where its rotary embedding depends on that."""
-    config = policy.model.config
-    if config.rope.kind not in LENGTH_DEPENDENT:
-        return policy
-    return replace(policy, model=policy.model.clone(config=replace(config, context_length=context_length)))
+    return replace(policy, model=policy.model.clone(config=for_positions(policy.model.config, context_length)))
 
 
 def compute_dtype(settings: ModelSettings) -> Any:

@@ -1,0 +1,114 @@
+"""Round a matrix to levels that its outputs do not feel: GPTQ (Frantar et al. 2022, arXiv:2210.17323).
+
+A layer's inputs x are seen twice: as the exact model computes them (x), and as the model that is being written does, whose
+earlier matrices are rounded already (x̂). The levels Q of a matrix W are to minimize, over the tokens of both,
+
+    ‖W X - Q X̂‖² + λ ‖W - Q‖²        with H = X̂ X̂ᵀ, D = (X - X̂) X̂ᵀ, λ = damping · mean of H's diagonal.
+
+That is ‖(W' - Q)‖² in the norm of H + λ, up to a constant, of the target W' = W + W D (H + λ)⁻¹: what W has to become to make up
+for the errors before it. GPTQ rounds W' a column at a time, each to its nearest level, and moves the columns that are still to come against the
+error, by rows of the factor U of (H + λ)⁻¹ = Uᵀ U (the paper's "Cholesky reformulation", in blocks of 128 columns).
+
+Deviations from the paper: the target W' (the asymmetric objective of GPTAQ, Li et al. 2025, arXiv:2504.02692, solved once in closed
+form; the paper has W' = W); every group's scale is that of the exact W, by the rule of `jgrpo.quantization.quantize`, so that a
+matrix on its grid already keeps its levels; U comes from one Cholesky factor of H in reversed order, without an inverse.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, UInt8
+
+from jgrpo.errors import UserError
+from jgrpo.quantization import Int4Weight, pack_nibbles, quantize
+
+DAMPING = (0.01, 0.1, 1.0)
+"""λ in means of H's diagonal: the paper's, and what is taken where float32 does not factor H with less."""
+BLOCK = 128
+"""Columns whose errors reach the columns behind them together."""
+
+
+def round_to_inputs(
+    weight: Float[Array, "N K"],
+    moments: Float[Array, "K K"],
+    drift: Float[Array, "K K"],
+    group_size: int,
+    scale_dtype: Any = jnp.float32,
+) -> Int4Weight:
+    """The weight in four bits for inputs with `moments` H and `drift` D (the module's docstring), in float32.
+
+    Raises UserError where H is not finite, or `group_size` does not divide K.
+    """
+    scales = quantize(weight, group_size, scale_dtype).scales
+    factor = damped_factor(moments)
+    levels = round_columns(compensated(weight, drift, factor), scales.astype(jnp.float32), factor)
+    return Int4Weight(pack_nibbles(levels, group_size), scales)
+
+
+def damped_factor(moments: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    """Upper triangular U with Uᵀ U = (H + λ)⁻¹, for the smallest λ of `DAMPING` that float32 factors.
+
+    Raises UserError if none does: H is not finite.
+    """
+    # An infinite diagonal would factor, into zeros.
+    for damping in DAMPING if bool(jnp.isfinite(moments).all()) else ():
+        factor = inverse_factor(moments, damping)
+        if bool(jnp.isfinite(factor).all()):
+            return factor
+    raise UserError(
+        "the inputs of a linear layer on the calibration text are not finite, so nothing can be rounded against them; "
+        "check the run, or export 16 bits"
+    )
+
+
+@jax.jit
+def inverse_factor(moments: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
+    """Upper triangular U with Uᵀ U = (H + λ)⁻¹; not finite where H + λ is not positive definite in float32."""
+    width = moments.shape[0]
+    mean = jnp.trace(moments) / width
+    damped = moments + jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(width)
+    # H = R Rᵀ with R upper triangular is Cholesky's L Lᵀ of H in reversed order; then H⁻¹ = R⁻ᵀ R⁻¹, so U = R⁻¹.
+    upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(upper, jnp.eye(width))
+
+
+@jax.jit
+def compensated(
+    weight: Float[Array, "N K"], drift: Float[Array, "K K"], factor: Float[Array, "K K"]
+) -> Float[Array, "N K"]:
+    """W' = W + W D (H + λ)⁻¹."""
+    with jax.default_matmul_precision("highest"):
+        return weight + ((weight @ drift) @ factor.T) @ factor
+
+
+@jax.jit
+def round_columns(
+    weight: Float[Array, "N K"], scales: Float[Array, "N K/g"], factor: Float[Array, "K K"]
+) -> UInt8[Array, "N K"]:
+    """Levels 0 to 15 of the weight in groups with `scales`, column by column with error feedback."""
+    rows, width = weight.shape
+    block = math.gcd(width, BLOCK)
+    # Transposed, a column of W is contiguous. One scale for each column.
+    steps = jnp.repeat(scales.T, width // scales.shape[1], axis=0)
+
+    def column(ahead: Array, now: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        index, step, row = now
+        value = ahead[index]
+        # A group of zeros has the scale 0 and can only stay 0.
+        level = jnp.clip(jnp.round(value / jnp.where(step == 0, jnp.inf, step)), -8, 7)
+        error = (value - level * step) / row[index]
+        return ahead - row[:, None] * error, ((level + 8).astype(jnp.uint8), error)
+
+    def columns(rest: Array, start: Array) -> tuple[Array, Array]:
+        own, own_steps, own_factor = (jax.lax.dynamic_slice_in_dim(x, start, block) for x in (rest, steps, factor))
+        square = jax.lax.dynamic_slice_in_dim(own_factor, start, block, axis=1)
+        _, (levels, errors) = jax.lax.scan(column, own, (jnp.arange(block), own_steps, square))
+        # U has nothing left of its diagonal: columns before the block stay, its own are not looked at again.
+        with jax.default_matmul_precision("highest"):
+            return rest - own_factor.T @ errors, levels
+
+    levels = jax.lax.scan(columns, weight.T, jnp.arange(0, width, block))[1]
+    return levels.reshape(width, rows).T
