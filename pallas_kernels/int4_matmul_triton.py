@@ -8,15 +8,11 @@ the high half of each group restores the order of K without moving data, so x is
 Three forms of the product (`tuning.Int4Config.product`):
 
 - mma: x [BLOCK_M, k] is the left operand of `mma.sync`, the weights its right one.
-- mma_swapped: the weights are the left operand; one or two warps, since with four Triton takes wgmma. K is a sum, so the
-  products take its elements in the order in which a thread's 8 bytes of weights and 8 elements of x come out of shared
-  memory (`_fragment_order`): no register moves, and a third fewer registers.
+- mma_swapped: the weights are the left operand. Fewer register moves; two warps, since with four Triton takes wgmma.
 - wgmma (Hopper): the weights are the left operand, from registers; x^T is read from shared memory by the tensor core.
   Its fragments hold elements (2t, 2t+1, 2t+8, 2t+9) of every 16 where a thread's four bytes are (4t .. 4t+3), so x's
-  columns are permuted to match before the launch (`rows.permute_columns`), unless whatever produced x did so.
-
-With the weights on the left, tiles that threads read are stored as blocks of 8 rows by what one row's threads take at
-once (`_block_offsets`), which lie free of bank conflicts.
+  columns are permuted to match before the launch (`rows.permute_columns`), unless whatever produced x did so. The
+  weight tile is stored as blocks of 8 rows x 16 bytes, which lie free of bank conflicts.
 
 Rows N and M are clamped for reads and masked for writes. With SPLIT_K > 1 float32 partial sums are written, for XLA or for
 the consumer to add. The first split adds the LoRA product; where xa = x @ A^T comes as partial sums too, the splits share
@@ -80,40 +76,6 @@ def _dequantized(
 
 
 @triton.jit
-def _block_offsets(first_row, last_row, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets [ROWS / 8, 8 * COLUMNS] of a tile of rows `stride` apart, as blocks of 8 rows x WIDTH that lie one after another.
-
-    As one axis, since Triton orders several by the registers they end in, which put the rows 256 bytes apart. Rows beyond
-    `last_row` read that one.
-    """
-    within = tl.arange(0, 8 * COLUMNS)[None, :]
-    rows = first_row + tl.arange(0, ROWS // 8)[:, None] * 8 + within // WIDTH % 8
-    return tl.minimum(rows, last_row) * stride + within // (8 * WIDTH) * WIDTH + within % WIDTH
-
-
-@triton.jit
-def _from_blocks(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """A tile as `_block_offsets` orders it -> [ROWS, COLUMNS]; registers only."""
-    blocks = tl.reshape(tile, (ROWS // 8, COLUMNS // WIDTH, 8, WIDTH))
-    return tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _fragment_order(tile, GROUP: tl.constexpr):
-    """[ROWS, K] with the K's of every 64 (or group) in the order of the registers of `mma_swapped`; registers only.
-
-    Thread t of a quad holds 8 bytes of weights, 4 t 2 halves of 2 pairs: low and high nibbles are 16 elements of K. It gives
-    each of 4 products 2 pairs, which Triton takes from positions 32 apart.
-    """
-    ROWS: tl.constexpr = tile.shape[0]
-    K: tl.constexpr = tile.shape[1]
-    GROUPS: tl.constexpr = 64 // GROUP if GROUP < 64 else 1  # that share the bytes of a quad
-    CHUNKS: tl.constexpr = GROUP // 64 if GROUP > 64 else 1  # of 32 bytes in a group
-    parts = tl.reshape(tile, (ROWS, K // (64 * CHUNKS), GROUPS, 2, CHUNKS, 4 // GROUPS, 2, 2, 2))
-    return tl.reshape(tl.permute(parts, (0, 1, 4, 7, 2, 5, 3, 6, 8)), (ROWS, K))
-
-
-@triton.jit
 def _scale_pair(words, DTYPE: tl.constexpr):
     """Words of two bfloat16 scales -> (the first ones, the second ones) in DTYPE."""
     first = (words << 16).to(tl.float32, bitcast=True).to(DTYPE)
@@ -121,22 +83,9 @@ def _scale_pair(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile):
-    """[ROWS, COLUMNS] -> its first and its second half of the columns; registers only."""
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _split_columns(tile, COUNT: tl.constexpr):
-    """[ROWS, COLUMNS] -> COUNT (1, 2 or 4) tiles of the columns from first to last; registers only."""
-    if COUNT == 1:
-        parts = (tile,)
-    elif COUNT == 2:
-        parts = _halves(tile)
-    else:
-        first, second = _halves(tile)
-        parts = _halves(first) + _halves(second)
-    return parts
+def _halves(packed):
+    """[EIGHTS, COLUMNS] -> its first and its second half of the columns; registers only."""
+    return tl.split(tl.permute(tl.reshape(packed, (packed.shape[0], 2, packed.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -171,11 +120,8 @@ def int4_matmul_kernel(
     HALF: tl.constexpr = GROUP // 2
     BYTES: tl.constexpr = BLOCK_K // 2
     GROUPS: tl.constexpr = BLOCK_K // GROUP
-    FRAGMENTS: tl.constexpr = SWAP and not WGMMA and BLOCK_K % 64 == 0
-    BLOCKED: tl.constexpr = WGMMA or FRAGMENTS
     # A block is dequantized in steps, so that its 16-bit weights take the registers of one step only.
-    STEP_UNITS: tl.constexpr = BLOCK_K // (64 if FRAGMENTS and GROUP < 64 else GROUP)
-    STEPS: tl.constexpr = (4 if STEP_UNITS % 4 == 0 else 2 if STEP_UNITS % 2 == 0 else 1) if BLOCKED else 1
+    STEPS: tl.constexpr = (4 if GROUPS % 4 == 0 else 2 if GROUPS % 2 == 0 else 1) if WGMMA else 1
     STEP_GROUPS: tl.constexpr = GROUPS // STEPS
     STEP_K: tl.constexpr = BLOCK_K // STEPS
     STEP_BYTES: tl.constexpr = STEP_K // 2
@@ -194,20 +140,19 @@ def int4_matmul_kernel(
     safe_m = tl.minimum(rows_m, M - 1)
     safe_n = tl.minimum(rows_n, N - 1)
 
-    # What a row's threads read at once: of a matrix of `ldmatrix`, or 4 x 8 bytes of weights and 4 x 8 elements of x.
-    WIDTH: tl.constexpr = 16 if WGMMA else 32
-    if FRAGMENTS:
-        x_offsets = _block_offsets(tl.program_id(0) * BLOCK_M, M - 1, K, BLOCK_M, STEP_K, WIDTH)
-        x_ptrs = x_ptr + tl.max_contiguous(x_offsets, (1, 8))
-    else:
-        x_ptrs = x_ptr + safe_m[:, None] * K + tl.arange(0, STEP_K)[None, :]
+    x_ptrs = x_ptr + safe_m[:, None] * K + tl.arange(0, STEP_K)[None, :]
     # Two bfloat16 scales as one word: asynchronous copies move four bytes at least.
-    PAIRED_SCALES: tl.constexpr = GROUPS % 2 == 0 and scales_ptr.dtype.element_ty == tl.bfloat16
+    PAIRED_SCALES: tl.constexpr = STEPS > 1 and STEP_GROUPS == 1 and scales_ptr.dtype.element_ty == tl.bfloat16
     word_ptrs = scales_ptr.to(tl.pointer_type(tl.uint32)) + safe_n[:, None] * (K // GROUP // 2)
-    word_ptrs += tl.arange(0, GROUPS // 2 if PAIRED_SCALES else 1)[None, :]
+    word_ptrs += tl.arange(0, STEPS // 2 if STEPS > 1 else 1)[None, :]
     scale_ptrs = scales_ptr + safe_n[:, None] * (K // GROUP) + tl.arange(0, STEP_GROUPS)[None, :]
-    if BLOCKED:
-        offsets = _block_offsets(tl.program_id(1) * BLOCK_N, N - 1, K // 2, BLOCK_N, BYTES, WIDTH)
+    if WGMMA:  # [BLOCK_N / 8, BYTES / 16 * 8 * 16]
+        # In shared memory the 8 rows of 16 bytes that one matrix of `ldmatrix` takes lie side by side: no bank twice. As one
+        # axis, since Triton orders several by the registers they end in, which put the rows 256 bytes apart.
+        within = tl.arange(0, 8 * BYTES)[None, :]
+        rows = tl.arange(0, BLOCK_N // 8)[:, None] * 8 + within // 16 % 8
+        columns = within // 128 * 16 + within % 16
+        offsets = tl.minimum(tl.program_id(1) * BLOCK_N + rows, N - 1) * (K // 2) + columns
         packed_ptrs = packed_ptr + tl.max_contiguous(offsets, (1, 16))
     else:
         packed_ptrs = packed_ptr + safe_n[:, None] * (K // 2) + tl.arange(0, BYTES)[None, :]
@@ -215,35 +160,27 @@ def int4_matmul_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         packed = tl.load(packed_ptrs + block * BYTES)
-        parts = _split_columns(packed, STEPS)
+        parts = (packed,) if STEPS == 1 else _halves(packed)
+        if STEPS == 4:
+            parts = _halves(parts[0]) + _halves(parts[1])
         if PAIRED_SCALES:
-            words = tl.load(word_ptrs + block * (GROUPS // 2))
-            if STEP_GROUPS > 1:
-                word_parts = _split_columns(words, STEPS)
-            elif STEPS == 2:
+            words = tl.load(word_ptrs + block * (STEPS // 2))
+            if STEPS == 2:
                 pairs = _scale_pair(words, DTYPE)
             else:
-                first_words, second_words = _split_columns(words, 2)
-                pairs = _scale_pair(first_words, DTYPE) + _scale_pair(second_words, DTYPE)
+                first_words, second_words = tl.split(words)
+                pairs = _scale_pair(first_words[:, None], DTYPE) + _scale_pair(second_words[:, None], DTYPE)
         for step in tl.static_range(STEPS):
-            if PAIRED_SCALES and STEP_GROUPS == 1:
+            if PAIRED_SCALES:
                 scales = pairs[step]
-            elif PAIRED_SCALES:
-                even, odd = _scale_pair(word_parts[step], DTYPE)
-                scales = tl.reshape(tl.join(even, odd), (BLOCK_N, STEP_GROUPS))
             else:
                 scales = tl.load(scale_ptrs + block * GROUPS + step * STEP_GROUPS).to(DTYPE)
             packed = parts[step]
             x = tl.load(x_ptrs + block * BLOCK_K + step * STEP_K)
-            if BLOCKED:
-                packed = _from_blocks(packed, BLOCK_N, STEP_BYTES, WIDTH)
             if WGMMA:
-                packed = tl.reshape(packed, (BLOCK_N, STEP_BYTES // 16, 4, 2, 2))
-                packed = tl.reshape(tl.permute(packed, (0, 1, 3, 2, 4)), (BLOCK_N, STEP_BYTES))
+                blocks = tl.reshape(packed, (BLOCK_N // 8, STEP_BYTES // 16, 8, 4, 2, 2))
+                packed = tl.reshape(tl.permute(blocks, (0, 2, 1, 4, 3, 5)), (BLOCK_N, STEP_BYTES))
             weights = _dequantized(packed, scales, BLOCK_N, STEP_GROUPS, HALF, PTX, DTYPE)
-            if FRAGMENTS:
-                weights = _fragment_order(weights, GROUP)
-                x = _fragment_order(_from_blocks(x, BLOCK_M, STEP_K, WIDTH), GROUP)
             acc = tl.dot(weights, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(weights), acc)
         if WGMMA and PTX:
             # A use outside of products makes Triton wait for them here. Left to itself it lets them run on into the next

@@ -50,7 +50,7 @@ def int4_forms(m: int) -> list[tuple]:
     """(product, block_m, block_n, block_k, warps) worth trying for M rows."""
     if m <= 32:
         rows = 16 if m <= 16 else 32
-        swapped = itertools.product([MMA_SWAPPED], [rows], (32, 64, 128), (128, 256, 512), (1, 2))
+        swapped = itertools.product([MMA_SWAPPED], [rows], (32, 64), (128, 256, 512), (1, 2))
         return [*swapped, (MMA, rows, 64, 256, 4), (MMA, rows, 128, 256, 4), (WGMMA, rows, 64, 256, 4)]
     if m <= 64:
         return [(WGMMA, 64, 64, 256, 4), (WGMMA, 64, 128, 128, 4), (WGMMA, 64, 128, 256, 8)]
@@ -63,7 +63,9 @@ def int4_candidates(m: int, n: int, k: int) -> list[Int4Config]:
     found = []
     for (product, bm, bn, bk, warps), stages in itertools.product(int4_forms(m), (2, 3, 4)):
         shared = stages * bm * bk * 2 + (stages - 1) * bn * bk // 2
-        if shared > 220_000 or k % bk:
+        # The wgmma form copies the scales of two groups as one word; else a copy of two bytes could not be asynchronous.
+        two_byte_copies = product != WGMMA and bn * bk // GROUP < 64 * warps
+        if shared > 220_000 or two_byte_copies or k % bk:
             continue
         tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
         for split in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16):
