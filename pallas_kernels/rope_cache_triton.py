@@ -1,6 +1,7 @@
-"""Norm, rotation and cache write of one token's heads for NVIDIA GPUs: one program for each row and head.
+"""Norm, rotation and cache write of one token's heads for NVIDIA GPUs: a program for each row and few heads.
 
-The halves that the rotation mixes are loaded apart, so nothing is shuffled. Partial sums and bias are added in float32;
+A thread holds 16 bytes of either half of a head in 16 bits; a program for each head would be many that start, wait for
+memory once and end. The halves that the rotation mixes are loaded apart, so nothing is shuffled. Partial sums and bias are added in float32;
 after that, values are rounded to the compute dtype where the jnp twin rounds them.
 """
 
@@ -10,6 +11,10 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import cache_codes
+
+HEADS = 4
+"""Of a row, in one program."""
+WARPS = 1
 
 
 @triton.jit
@@ -37,6 +42,7 @@ def rope_and_cache_kernel(
     KV: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    HEADS: tl.constexpr,
     PARTS: tl.constexpr,
     BIASED: tl.constexpr,
     EPS: tl.constexpr,
@@ -48,66 +54,75 @@ def rope_and_cache_kernel(
     SLOT_IS_POINTER: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
 ):
-    """Programs (row, head) of q's, then k's, then v's heads. The caches that go in are those that come out.
+    """Programs (row, HEADS of q's, then k's, then v's heads). The caches that go in are those that come out.
 
     LARGEST: largest code of a cache in 8 bits; 0: the cache holds values, and there are no scales.
     """
     HALF: tl.constexpr = D // 2
+    ALL: tl.constexpr = H + 2 * KV
     row = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
     slot = tl.load(slot_ptr) if SLOT_IS_POINTER else slot_ptr
-    depth = tl.arange(0, HALF)
-    first = tl.zeros((HALF,), tl.float32)
-    second = tl.zeros((HALF,), tl.float32)
+    depth = tl.arange(0, HALF)[None, :]
+    exists = (head < ALL)[:, None]
+    # Loaded before the heads are waited for: the loads' latencies are most of the time that this takes.
+    angle = (row // G) * HALF + depth
+    cos = tl.load(cos_ptr + angle).to(DTYPE).to(tl.float32)
+    sin = tl.load(sin_ptr + angle).to(DTYPE).to(tl.float32)
+    first = tl.zeros((HEADS, HALF), tl.float32)
+    second = tl.zeros((HEADS, HALF), tl.float32)
     for part in tl.static_range(PARTS):
-        source = qkv_ptr + ((part * ROWS + row) * (H + 2 * KV) + head) * D + depth
-        first += tl.load(source).to(tl.float32)
-        second += tl.load(source + HALF).to(tl.float32)
+        source = qkv_ptr + ((part * ROWS + row) * ALL + head[:, None]) * D + depth
+        first += tl.load(source, mask=exists, other=0.0).to(tl.float32)
+        second += tl.load(source + HALF, mask=exists, other=0.0).to(tl.float32)
     if BIASED:
-        bias = bias_ptr + (layer * (H + 2 * KV) + head) * D + depth
-        first += tl.load(bias).to(tl.float32)
-        second += tl.load(bias + HALF).to(tl.float32)
+        bias = bias_ptr + (layer * ALL + head[:, None]) * D + depth
+        first += tl.load(bias, mask=exists, other=0.0).to(tl.float32)
+        second += tl.load(bias + HALF, mask=exists, other=0.0).to(tl.float32)
     first = first.to(DTYPE).to(tl.float32)
     second = second.to(DTYPE).to(tl.float32)
 
-    if head < H + KV:
-        if NORMED:
-            inverse = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / D + EPS)
-            scale_ptr = (q_norm_ptr if head < H else k_norm_ptr) + layer * D + depth
-            first_scale = tl.load(scale_ptr).to(DTYPE).to(tl.float32)
-            second_scale = tl.load(scale_ptr + HALF).to(DTYPE).to(tl.float32)
-            first = ((first * inverse).to(DTYPE).to(tl.float32) * first_scale).to(DTYPE).to(tl.float32)
-            second = ((second * inverse).to(DTYPE).to(tl.float32) * second_scale).to(DTYPE).to(tl.float32)
-        angle = (row // G) * HALF + depth
-        cos = tl.load(cos_ptr + angle).to(DTYPE).to(tl.float32)
-        sin = tl.load(sin_ptr + angle).to(DTYPE).to(tl.float32)
-        rotated = first * cos - second * sin
-        second = second * cos + first * sin
-        first = rotated
+    is_q = (head < H)[:, None]
+    rotates = (head < H + KV)[:, None]
+    turned_first, turned_second = first, second
+    if NORMED:
+        inverse = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + EPS)[:, None]
+        scale_ptr = tl.where(is_q, q_norm_ptr, k_norm_ptr) + layer * D + depth
+        first_scale = tl.load(scale_ptr).to(DTYPE).to(tl.float32)
+        second_scale = tl.load(scale_ptr + HALF).to(DTYPE).to(tl.float32)
+        turned_first = ((first * inverse).to(DTYPE).to(tl.float32) * first_scale).to(DTYPE).to(tl.float32)
+        turned_second = ((second * inverse).to(DTYPE).to(tl.float32) * second_scale).to(DTYPE).to(tl.float32)
+    first = tl.where(rotates, turned_first * cos - turned_second * sin, first)
+    second = tl.where(rotates, turned_second * cos + turned_first * sin, second)
 
-    if head < H:
-        q_target = q_ptr + (row * H + head) * D + depth
-        tl.store(q_target, first.to(q_ptr.dtype.element_ty))
-        tl.store(q_target + HALF, second.to(q_ptr.dtype.element_ty))
-    else:
-        kv_head = (head - H) % KV
-        cache_ptr = k_ptr if head < H + KV else v_ptr
-        position = layer * tl.full((), ROWS * KV * C, tl.int64) + (row * KV + kv_head) * tl.full((), C, tl.int64) + slot
-        if LARGEST > 0:
-            first = first.to(DTYPE).to(tl.float32)
-            second = second.to(DTYPE).to(tl.float32)
-            largest = tl.maximum(tl.max(tl.abs(first)), tl.max(tl.abs(second)))
-            scale = tl.maximum(largest, SMALLEST_SCALE) / LARGEST
-            tl.store((k_scale_ptr if head < H + KV else v_scale_ptr) + position, scale)
-            first = first / scale
-            second = second / scale
-            if ROUND:
-                first = tl.floor(first + 0.5)
-                second = tl.floor(second + 0.5)
-        target = cache_ptr + position * D + depth
-        tl.store(target, first.to(k_ptr.dtype.element_ty))
-        tl.store(target + HALF, second.to(k_ptr.dtype.element_ty))
+    q_target = q_ptr + (row * H + head[:, None]) * D + depth
+    tl.store(q_target, first.to(q_ptr.dtype.element_ty), mask=is_q)
+    tl.store(q_target + HALF, second.to(q_ptr.dtype.element_ty), mask=is_q)
+
+    position = layer * tl.full((), ROWS * KV * C, tl.int64) + slot
+    position += (row * KV + (head - H) % KV) * tl.full((), C, tl.int64)
+    is_k = (head >= H) & (head < H + KV)
+    is_v = (head >= H + KV) & (head < ALL)
+    if LARGEST > 0:
+        first = first.to(DTYPE).to(tl.float32)
+        second = second.to(DTYPE).to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
+        scale = tl.maximum(largest, SMALLEST_SCALE) / LARGEST
+        tl.store(k_scale_ptr + position, scale, mask=is_k)
+        tl.store(v_scale_ptr + position, scale, mask=is_v)
+        first = first / scale[:, None]
+        second = second / scale[:, None]
+        if ROUND:
+            first = tl.floor(first + 0.5)
+            second = tl.floor(second + 0.5)
+    target = position[:, None] * D + depth
+    first = first.to(k_ptr.dtype.element_ty)
+    second = second.to(k_ptr.dtype.element_ty)
+    tl.store(k_ptr + target, first, mask=is_k[:, None])
+    tl.store(k_ptr + target + HALF, second, mask=is_k[:, None])
+    tl.store(v_ptr + target, first, mask=is_v[:, None])
+    tl.store(v_ptr + target + HALF, second, mask=is_v[:, None])
 
 
 def kernel_constants(parts, k, eps: float, normed: bool, biased: bool = False) -> dict:
@@ -121,6 +136,7 @@ def kernel_constants(parts, k, eps: float, normed: bool, biased: bool = False) -
         "KV": kv_heads,
         "C": slots,
         "D": head_dim,
+        "HEADS": HEADS,
         "PARTS": parts.shape[0],
         "BIASED": biased,
         "EPS": eps,
@@ -132,8 +148,8 @@ def kernel_constants(parts, k, eps: float, normed: bool, biased: bool = False) -
 
 
 def grid(constants: dict) -> tuple[int, int]:
-    """Rows times heads."""
-    return constants["ROWS"], constants["H"] + 2 * constants["KV"]
+    """Rows times groups of heads."""
+    return constants["ROWS"], triton.cdiv(constants["H"] + 2 * constants["KV"], constants["HEADS"])
 
 
 def rope_and_cache(parts, cos, sin, k, v, slot, layer, norms, eps, scales, bias, dtype):
@@ -161,7 +177,7 @@ def rope_and_cache(parts, cos, sin, k, v, slot, layer, norms, eps, scales, bias,
         kernel=rope_and_cache_kernel,
         out_shape=outputs if coded else [*outputs, *(jax.ShapeDtypeStruct((1,), jnp.float32),) * 2],
         grid=grid(constants),
-        num_warps=1,
+        num_warps=WARPS,
         input_output_aliases={3: 1, 4: 2, **({5: 3, 6: 4} if coded else {})},
         DTYPE={"bfloat16": tl.bfloat16, "float16": tl.float16}[dtype.name],
         SLOT_IS_POINTER=isinstance(slot, jax.Array),

@@ -118,7 +118,7 @@ def rope_and_cache(capability: int, layer_type: str, cache_type: str = "bfloat16
     types |= {"slot_ptr": "*i32", "layer_ptr": layer_type}
     if layer_type == "constexpr":
         constants["layer_ptr"] = 1
-    blocks = SimpleNamespace(warps=1, stages=1)
+    blocks = SimpleNamespace(warps=rope_cache_triton.WARPS, stages=1)
     return compile_kernel(rope_cache_triton.rope_and_cache_kernel, types, constants, blocks, capability)
 
 

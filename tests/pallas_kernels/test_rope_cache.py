@@ -159,7 +159,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("pointers", [False, True])
-@pytest.mark.parametrize("heads", [dict(), dict(heads=7, kv_heads=1, group=1, depth=64)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [dict(), dict(heads=7, kv_heads=1, group=1, depth=64), dict(heads=3, kv_heads=3)], ids=str
+)
 @pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("splits", [0, 1, 3])
 @pytest.mark.parametrize("narrow", [False, True])
@@ -204,7 +206,7 @@ def test_kernel(normed: bool, pointers: bool, heads: dict, coded: bool, splits: 
         DTYPE=getattr(tl, dtype),
         SLOT_IS_POINTER=pointers,
         LAYER_IS_POINTER=pointers,
-        num_warps=1,
+        num_warps=rope_cache_triton.WARPS,
         **constants,
     )
     if coded:
