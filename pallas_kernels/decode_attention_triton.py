@@ -9,6 +9,8 @@ Bound by the bytes of keys and values. One launch holds two kinds of programs, s
 
 Each leaves float32 (max, sum, weighted values) in base 2; a second small kernel merges them (Dao et al., Flash-Decoding,
 2023). A part with nothing to see leaves max = -inf, and the merge does not read its values.
+
+Where `AttentionConfig.generations` says so, the kernel of `whole_attention_triton.py` is launched instead, which needs no merge.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import tuning
+from pallas_kernels import tuning, whole_attention_triton
 from pallas_kernels.add_rms_norm_triton import permuted_column
 from pallas_kernels.rows import Rows
 
@@ -278,12 +280,19 @@ def merge_kernel(
 
 
 def kernel_constants(
-    q, prompt_k, k, scale: float, window: int | None, config: tuning.AttentionConfig, coded: bool = False
+    q,
+    prompt_k,
+    k,
+    scale: float,
+    window: int | None,
+    config: tuning.AttentionConfig,
+    coded: bool = False,
+    permuted: bool = False,
 ) -> dict:
     """The kernel's shape and block parameters, shared by the GPU launch and the interpreter's tests."""
     (questions, generations, heads, head_dim), kv_heads = q.shape, k.shape[3]
-    rows = generations * heads // kv_heads
-    return {
+    share = heads // kv_heads
+    shape = {
         "scale_log2": scale * _LOG2_E,
         "Q": questions,
         "G": generations,
@@ -294,16 +303,27 @@ def kernel_constants(
         "D": head_dim,
         "WINDOW": window or 0,
         "CODED": coded,
+    }
+    if config.generations:
+        return shape | whole_attention_triton.form_constants(share, generations, config, permuted)
+    return shape | {
         "BLOCK": config.block_slots,
         "STAGES": config.stages,
-        "ROWS": min(config.prompt_rows, max(16, triton.next_power_of_2(rows))),
+        "ROWS": min(config.prompt_rows, max(16, triton.next_power_of_2(generations * share))),
         "PROMPT_SPLITS": config.prompt_splits,
         "SUFFIX_SPLITS": config.suffix_splits,
     }
 
 
+def kernel(config: tuning.AttentionConfig):
+    """The kernel of the configuration's form."""
+    return whole_attention_triton.whole_attention_kernel if config.generations else decode_attention_kernel
+
+
 def grid(constants: dict) -> tuple[int]:
     """Prompt programs first: they are the longer ones."""
+    if "GENERATIONS" in constants:
+        return whole_attention_triton.grid(constants)
     share = constants["H"] // constants["KV"]
     tiles = triton.cdiv(constants["G"] * share, constants["ROWS"])
     prompt_programs = tiles * constants["PROMPT_SPLITS"]
@@ -326,20 +346,22 @@ def decode_attention(
     permuted: bool = False,
     config: tuning.AttentionConfig | None = None,
 ) -> Rows:
-    """Launch the two kernels; the arguments are those of `pallas_kernels.decode_attention_rows`."""
+    """Launch the kernel and, of more than one part, the merge; the arguments are those of `pallas_kernels.decode_attention_rows`."""
     from pallas_kernels.triton_launch import triton_call
 
     questions, generations, heads, head_dim = q.shape
     kv_heads = k.shape[3]
     sizes = (questions * generations * kv_heads, questions * kv_heads, head_dim, heads // kv_heads)
     config = config or tuning.attention_config(*sizes)
-    constants = kernel_constants(q, prompt_k, k, scale, window, config, coded=scales is not None)
+    constants = kernel_constants(q, prompt_k, k, scale, window, config, scales is not None, permuted)
     rows, splits = questions * generations * heads, config.prompt_splits + config.suffix_splits
+    result = jax.ShapeDtypeStruct((questions * generations, heads * head_dim), q.dtype)
+    results = [result, result if permuted else jax.ShapeDtypeStruct((16,), q.dtype)]
     parts = [
         jax.ShapeDtypeStruct((rows, splits, 2), jnp.float32),
         jax.ShapeDtypeStruct((rows, splits, head_dim), jnp.float32),
     ]
-    stats, values = triton_call(
+    out = triton_call(
         q,
         prompt_k,
         prompt_v,
@@ -349,8 +371,8 @@ def decode_attention(
         length,
         layer,
         *(scales or (prompt_lengths,) * 4),  # pointers that the kernel doesn't follow
-        kernel=decode_attention_kernel,
-        out_shape=parts,
+        kernel=kernel(config),
+        out_shape=parts if splits > 1 else results,
         grid=grid(constants),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -358,17 +380,16 @@ def decode_attention(
         LENGTH_IS_POINTER=isinstance(length, jax.Array),
         **constants,
     )
-    result = jax.ShapeDtypeStruct((questions * generations, heads * head_dim), q.dtype)
-    plain, reordered = triton_call(
-        stats,
-        values,
-        kernel=merge_kernel,
-        out_shape=[result, result if permuted else jax.ShapeDtypeStruct((16,), q.dtype)],
-        grid=(rows,),
-        num_warps=1,
-        D=head_dim,
-        SPLITS=splits,
-        SPLITS_PAD=triton.next_power_of_2(splits),
-        PERMUTED=permuted,
-    )
-    return Rows(plain, reordered if permuted else None)
+    if splits > 1:
+        out = triton_call(
+            *out,
+            kernel=merge_kernel,
+            out_shape=results,
+            grid=(rows,),
+            num_warps=1,
+            D=head_dim,
+            SPLITS=splits,
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            PERMUTED=permuted,
+        )
+    return Rows(out[0], out[1] if permuted else None)

@@ -69,7 +69,11 @@ class GatedConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has."""
+    """Blocks of decode attention: slots a step, query rows a prompt program takes, and programs a suffix or prompt has.
+
+    generations > 0: a program takes so many generations of a question through its prompt and their suffixes
+    (`whole_attention_triton.py`), in tiles of `prompt_rows` and `suffix_splits` parts; prompt_splits is then 0.
+    """
 
     block_slots: int
     prompt_rows: int
@@ -77,6 +81,7 @@ class AttentionConfig:
     prompt_splits: int
     warps: int
     stages: int
+    generations: int = 0
 
 
 def device_file(device_name: str) -> str:
@@ -194,9 +199,16 @@ def gated_rounds(m: int, n: int, block_m: int, columns: int, multiprocessors: in
 
 
 def attention_config(rows: int, prompts: int, head_dim: int, share: int) -> AttentionConfig:
-    """The blocks for `rows` = Q * G * K suffixes and `prompts` = Q * K shared prompts, `share` = H / K heads each."""
+    """The blocks for `rows` = Q * G * K suffixes and `prompts` = Q * K shared prompts, `share` = H / K heads each.
+
+    Programs that read the prompt too are as many as the rows make them: such an entry is taken for no fewer rows than its own.
+    """
     entries = tuned(dispatch.current_device().name).get("decode_attention", [])
-    candidates = [e for e in entries if e["head_dim"] == head_dim]
+    candidates = [
+        e
+        for e in entries
+        if e["head_dim"] == head_dim and (rows >= e["rows"] or not AttentionConfig(**e["config"]).generations)
+    ]
     if candidates:
         nearest = min(candidates, key=lambda e: _distance(e, {"rows": rows, "prompts": prompts, "share": share}))
         return AttentionConfig(**nearest["config"])

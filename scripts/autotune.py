@@ -163,6 +163,19 @@ def attention_candidates(q: int, g: int, heads, prompt: int, suffix: int) -> lis
         if prompt_splits > 1 and prompts * prompt_splits > 2 * 132:
             continue
         found.append(AttentionConfig(block, prompt_rows, suffix_splits, prompt_splits, warps, stages))
+    return found + whole_attention_candidates(q, g, heads)
+
+
+def whole_attention_candidates(q: int, g: int, heads) -> list[AttentionConfig]:
+    """Programs that read the prompt too: tiles of at most 32 query rows, two thirds to eight programs a multiprocessor."""
+    (h, kv, depth), found = heads, []
+    for generations, splits, warps, per_warp, stages in itertools.product(
+        (1, 2, 4), (1, 2, 4), (2, 4, 8), (16, 32), (2, 3, 4, 6)
+    ):
+        programs, rows = q * kv * triton.cdiv(g, generations) * splits, 16 * triton.cdiv(generations * h // kv, 16)
+        shared = (stages - 1) * warps * per_warp * depth * 4
+        if rows <= 32 and 88 <= programs <= 8 * 132 and shared <= 220_000:
+            found.append(AttentionConfig(warps * per_warp, rows, splits, 0, warps, stages, generations))
     return found
 
 
@@ -190,10 +203,11 @@ def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: A
     like = {"q": (q, g, h, depth), "prompt_k": (1, q, kv, prompt, depth), "k": (1, q, g, kv, suffix, depth)}
     empty = [torch.empty(shape, device="meta") for shape in like.values()]
     half, whole, wide = torch.bfloat16, torch.int32, torch.float32
-    decode_attention_triton.decode_attention_kernel.warmup(
+    outputs = [half if config.prompt_splits + config.suffix_splits == 1 else wide] * 2
+    decode_attention_triton.kernel(config).warmup(
         *[half, half, half, whole, half, half, whole, whole],
         *[wide] * 4,  # of a cache without codes: pointers that the kernel doesn't follow
-        *[wide] * 2,
+        *outputs,
         grid=(1,),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
@@ -204,27 +218,27 @@ def attention_compile(q: int, g: int, heads, prompt: int, suffix: int, config: A
 
 
 def attention_launch(inputs: dict, buffers, config: AttentionConfig, layer: int) -> None:
-    """The kernel, and the merge of its parts, on one layer."""
+    """The kernel, and the merge of its parts if there are several, on one layer."""
     stats, values, out = buffers
+    rows, splits = stats.shape[:2]
     constants = decode_attention_triton.kernel_constants(
         inputs["q"], inputs["prompt_k"], inputs["k"], inputs["q"].shape[-1] ** -0.5, None, config
     )
     names = ("q", "prompt_k", "prompt_v", "lengths", "k", "v", "length")
-    decode_attention_triton.decode_attention_kernel[decode_attention_triton.grid(constants)](
+    decode_attention_triton.kernel(config)[decode_attention_triton.grid(constants)](
         *(inputs[name] for name in names),
         inputs["index"][layer],
         *(stats,) * 4,
-        stats,
-        values,
+        *((stats, values) if splits > 1 else (out, out)),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
     )
-    rows, splits = stats.shape[:2]
-    sizes = dict(D=values.shape[-1], SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PERMUTED=False)
-    decode_attention_triton.merge_kernel[(rows,)](stats, values, out, out, num_warps=1, **sizes)
+    if splits > 1:
+        sizes = dict(D=values.shape[-1], SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PERMUTED=False)
+        decode_attention_triton.merge_kernel[(rows,)](stats, values, out, out, num_warps=1, **sizes)
 
 
 def attention_buffers(inputs: dict, config: AttentionConfig):

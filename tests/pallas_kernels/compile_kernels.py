@@ -90,20 +90,26 @@ def int4_matmul(rows: int, capability: int, rank: int = 32, xa_parts: int = 1) -
     return compile_kernel(int4_matmul_triton.int4_matmul_kernel, types, constants, config, capability)
 
 
-def decode_attention(head_dim: int, capability: int, cache: str = "bfloat16") -> tuple[int, int]:
-    """The heuristic's kernel for 8 groups of 8."""
+def decode_attention(
+    head_dim: int, capability: int, cache: str = "bfloat16", config: tuning.AttentionConfig | None = None
+) -> tuple[int, int]:
+    """A kernel for 8 groups of 8, the heuristic's by default."""
     q = ShapeDtypeStruct((8, 8, 12, head_dim), "bfloat16")
     prompt, suffix = (
         ShapeDtypeStruct(shape, cache) for shape in [(2, 8, 2, 256, head_dim), (2, 8, 8, 2, 512, head_dim)]
     )
-    config = tuning.attention_heuristic(128, 16, head_dim)
+    config = config or tuning.attention_heuristic(128, 16, head_dim)
     types = dict.fromkeys(("prompt_k_ptr", "prompt_v_ptr", "k_ptr", "v_ptr"), CACHE_TYPES[cache]) | {"q_ptr": "*bf16"}
     types |= dict.fromkeys(("prompt_k_scale_ptr", "prompt_v_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("prompt_lengths_ptr", "length_ptr", "layer_ptr"), "*i32")
-    types |= dict.fromkeys(("stats_ptr", "values_ptr"), "*fp32")
-    constants = decode_attention_triton.kernel_constants(q, prompt, suffix, 0.1, 100, config, cache != "bfloat16")
+    parts = config.prompt_splits + config.suffix_splits > 1
+    types |= dict.fromkeys(
+        ("stats_ptr", "values_ptr", "first_out_ptr", "second_out_ptr"), "*fp32" if parts else "*bf16"
+    )
+    shape = (q, prompt, suffix, 0.1, 100)
+    constants = decode_attention_triton.kernel_constants(*shape, config, cache != "bfloat16", permuted=True)
     constants |= {"LAYER_IS_POINTER": True, "LENGTH_IS_POINTER": True}
-    return compile_kernel(decode_attention_triton.decode_attention_kernel, types, constants, config, capability)
+    return compile_kernel(decode_attention_triton.kernel(config), types, constants, config, capability)
 
 
 def rope_and_cache(capability: int, layer_type: str, cache_type: str = "bfloat16") -> tuple[int, int]:
@@ -186,6 +192,10 @@ if __name__ == "__main__":
             print(f"int4_matmul-{rows}-parts-sm_{target}", *int4_matmul(rows, target, 96, 6), flush=True)
         for head_dim in (64, 128, 256):
             print(f"decode_attention-{head_dim}-sm_{target}", *decode_attention(head_dim, target), flush=True)
+        for generations, parts in ((1, 1), (2, 1), (2, 2)):
+            whole = tuning.AttentionConfig(64, 16, parts, 0, 4, 3, generations)
+            name = f"whole_attention-{generations}-{parts}-sm_{target}"
+            print(name, *decode_attention(128, target, config=whole), flush=True)
         for layer_type in ("*i32", "i32", "constexpr"):
             print(f"rope_and_cache-{layer_type}-sm_{target}", *rope_and_cache(target, layer_type), flush=True)
         for rows, swapped in ((16, True), (64, False), (64, True), (128, True)):

@@ -124,12 +124,12 @@ def decode_attention(
     q, prompt_k, prompt_v, lengths, k, v, length, layer, scale, window, config: AttentionConfig, scales=None
 ):
     """The kernels as `decode_attention_triton.decode_attention` launches them; torch in, float32 numpy out."""
-    constants = decode_attention_triton.kernel_constants(q, prompt_k, k, scale, window, config, scales is not None)
+    triton_kernels = decode_attention_triton
+    constants = triton_kernels.kernel_constants(q, prompt_k, k, scale, window, config, scales is not None, True)
     rows, depth = int(np.prod(q.shape[:3])), q.shape[-1]
     splits = config.prompt_splits + config.suffix_splits
-    stats, values = poisoned(rows, splits, 2), poisoned(rows, splits, depth)
-    out, reordered = poisoned(rows, depth), poisoned(rows, depth)
-    decode_attention_triton.decode_attention_kernel[decode_attention_triton.grid(constants)](
+    parts, results = (poisoned(rows, splits, 2), poisoned(rows, splits, depth)), [poisoned(rows, depth) for _ in "ab"]
+    triton_kernels.kernel(config)[triton_kernels.grid(constants)](
         q,
         prompt_k,
         prompt_v,
@@ -138,17 +138,18 @@ def decode_attention(
         v,
         scalar(length),
         scalar(layer),
-        *(scales or (stats,) * 4),
-        stats,
-        values,
+        *(scales or parts[:1] * 4),
+        *(parts if splits > 1 else results),
         LAYER_IS_POINTER=True,
         LENGTH_IS_POINTER=True,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
     )
-    sizes = dict(D=depth, SPLITS=splits, SPLITS_PAD=1 << (splits - 1).bit_length(), PERMUTED=True)
-    decode_attention_triton.merge_kernel[(rows,)](stats, values, out, reordered, **sizes)
+    if splits > 1:
+        sizes = dict(D=depth, SPLITS=splits, SPLITS_PAD=1 << (splits - 1).bit_length(), PERMUTED=True)
+        triton_kernels.merge_kernel[(rows,)](*parts, *results, **sizes)
+    out, reordered = results
     assert torch.equal(reordered, permuted(out))
     return out.cpu().numpy().reshape(q.shape)
 

@@ -138,12 +138,18 @@ def attention_error(case, length, layer, window, config) -> float:
     return relative_error(out, attention(*exact, length, layer, 0.25, window))
 
 
-def attention_blocks(prompt_splits, suffix_splits, prompt_rows=32) -> launch.AttentionConfig:
-    """Blocks of 16 slots."""
+def attention_blocks(prompt_splits, suffix_splits, generations=0, prompt_rows=32) -> launch.AttentionConfig:
+    """Blocks of 16 slots, of one or, in programs that read prompt and suffix, two warps, a block smaller than prompts."""
+    if generations:
+        return launch.AttentionConfig(32, prompt_rows, suffix_splits, prompt_splits, 2, 2, generations)
     return launch.AttentionConfig(16, prompt_rows, suffix_splits, prompt_splits, warps=4, stages=2)
 
 
-@pytest.mark.parametrize("splits", [(2, 3), (1, 1)])
+FORMS = [(1, 1), (2, 3), (4, 4), (0, 1, 1), (0, 1, 2), (0, 1, 3), (0, 3, 2)]
+"""Arguments of `attention_blocks`; two generations a tile leave one of three over."""
+
+
+@pytest.mark.parametrize("splits", [(2, 3), (1, 1), (0, 1, 2), (0, 3, 2)])
 @pytest.mark.parametrize("window", [None, 20])
 def test_decode_attention_over_codes(window, splits):
     """int8 keys and values with a scale for each slot and head; scales of slots out of use are NaN."""
@@ -162,7 +168,7 @@ def test_decode_attention_over_codes(window, splits):
     assert relative_error(out, want) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("splits", [(1, 1), (2, 3), (4, 4)])
+@pytest.mark.parametrize("splits", FORMS)
 @pytest.mark.parametrize(("length", "window"), [(1, None), (50, None), (17, None), (33, 20), (5, 8), (50, 1), (9, 500)])
 def test_decode_attention(length, window, splits):
     dtype = DTYPES[-1]
@@ -173,7 +179,7 @@ def test_decode_attention(length, window, splits):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "generations"), [(1, 1, 1), (7, 1, 6), (6, 6, 2), (14, 2, 5), (20, 1, 2)]
 )
-@pytest.mark.parametrize("splits", [(2, 2), (1, 1)])
+@pytest.mark.parametrize("splits", [(2, 2), (1, 1), (0, 1, 2), (0, 2, 2)])
 def test_decode_attention_head_layouts(heads, kv_heads, generations, splits):
     dtype = DTYPES[-1]
     case = attention_case(np.random.default_rng(heads), dtype, 20, 2, generations, heads, kv_heads)

@@ -39,7 +39,9 @@ def test_tuned_files_hold_configurations_that_fit_their_shape(file):
         # 64 query rows would make Triton choose asynchronous products, see test_triton_compiles.py.
         config = AttentionConfig(**entry["config"])
         assert config.prompt_rows <= 32
-        assert min(config.prompt_splits, config.suffix_splits) >= 1
+        assert config.suffix_splits >= 1
+        assert (config.prompt_splits == 0) == (config.generations > 0)
+        assert not config.generations or config.block_slots >= 16 * config.warps
     for entry in entries.get("dense_matmul", []):
         assert DenseConfig(**entry["config"]).fits(entry["k"])
         assert min(entry["us"], entry["library_us"]) > 0
@@ -56,6 +58,17 @@ def test_nearest_tuned_entry_that_fits_is_taken(monkeypatch):
     odd = tuning.int4_config(16, 4864, 896, 64)
     assert odd.fits(16, 4864, 896, 64)
     assert tuning.attention_config(2048, 256, 128, 4).suffix_splits == 1
+
+
+def test_attention_that_reads_the_prompt_in_every_program_is_not_taken_for_fewer_rows(monkeypatch):
+    whole, split = AttentionConfig(64, 16, 1, 0, 4, 3, generations=2), AttentionConfig(64, 32, 2, 2, 4, 3)
+    shapes = [(512, 64, whole), (2048, 256, split)]
+    entries = [tuning.as_entry(how, rows=rows, prompts=prompts, head_dim=128, share=6) for rows, prompts, how in shapes]
+    monkeypatch.setattr(tuning, "tuned", lambda name: {"decode_attention": entries})
+    assert tuning.attention_config(512, 64, 128, 6) == tuning.attention_config(800, 100, 128, 7) == whole
+    assert tuning.attention_config(500, 64, 128, 6) == split
+    entries.pop()
+    assert tuning.attention_config(500, 64, 128, 6) == tuning.attention_heuristic(500, 64, 128)
 
 
 def test_device_without_a_file_gets_the_heuristic(monkeypatch):

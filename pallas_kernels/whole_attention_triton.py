@@ -1,0 +1,173 @@
+"""Decode attention for NVIDIA GPUs (sm_80 and up) whose programs read the prompt themselves, so that little or nothing is merged.
+
+A program takes a few generations of a question and one kv head, as many as their query rows fit one tile of a tensor core,
+through one list of blocks: those of the prompt, then those of each generation's suffix, where the rows of the other
+generations are masked. All programs run at once and do equal work. Memory gives a prompt up about once, the L2 cache to the
+other programs of its question; these start at different places of their lists, so that reads of both kinds mix.
+
+Inside of a program every warp has its own slots of each block and its own online softmax (float32, base 2), so no warp waits
+for another one's scores; the softmaxes are merged once, behind the loop. The warps are the batch of a batched product.
+
+With `suffix_splits` > 1 a program takes a part of the list and leaves (max, sum, weighted values) to the merge of
+`decode_attention_triton.py`, which launches this kernel.
+"""
+
+# pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
+# Triton is optional, and its kernel language is not typed Python.
+
+import triton
+import triton.language as tl
+
+from pallas_kernels import tuning
+from pallas_kernels.add_rms_norm_triton import permuted_column
+
+_LOWEST = tl.constexpr(-1e30)
+"""Start of the running maximum: below every score, and finite, so that rows that have seen nothing yet make no NaN."""
+
+
+@triton.jit
+def whole_attention_kernel(
+    q_ptr,
+    prompt_k_ptr,
+    prompt_v_ptr,
+    prompt_lengths_ptr,
+    k_ptr,
+    v_ptr,
+    length_ptr,
+    layer_ptr,
+    prompt_k_scale_ptr,
+    prompt_v_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    first_out_ptr,
+    second_out_ptr,
+    scale_log2: tl.constexpr,
+    Q: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CODED: tl.constexpr,
+    LAYER_IS_POINTER: tl.constexpr,
+    LENGTH_IS_POINTER: tl.constexpr,
+    GENERATIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    """Programs (part of the list, tile of GENERATIONS, kv head, question).
+
+    SPLITS = 1: the result [Q*G*H, D] and, if PERMUTED, the same with permuted columns. Else stats float32[Q*G*H, SPLITS, 2]
+    and values float32[Q*G*H, SPLITS, D], as the merge reads them.
+    """
+    SHARE: tl.constexpr = H // KV
+    TILES: tl.constexpr = (G + GENERATIONS - 1) // GENERATIONS
+    SLOTS: tl.constexpr = BLOCK // WARPS
+    layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
+    length = tl.load(length_ptr) if LENGTH_IS_POINTER else length_ptr
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    tile = (pid // SPLITS) % TILES
+    head = (pid // (SPLITS * TILES)) % KV
+    question = pid // (SPLITS * TILES * KV)
+    prompt_length = tl.load(prompt_lengths_ptr + question)
+
+    row = tl.arange(0, ROWS)
+    depth = tl.arange(0, D)
+    generation = tile * GENERATIONS + row // SHARE
+    valid = (row < GENERATIONS * SHARE) & (generation < G)
+    query = (question * G + generation) * H + head * SHARE + row % SHARE
+    q = tl.load(q_ptr + query[:, None] * D + depth[None, :], mask=valid[:, None], other=0.0)
+    q = tl.broadcast_to(q[None], (WARPS, ROWS, D))
+
+    prompt_first = tl.maximum(prompt_length + length - WINDOW, 0) if WINDOW > 0 else 0
+    suffix_first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
+    prompt_blocks = tl.maximum(tl.cdiv(prompt_length, BLOCK) - prompt_first // BLOCK, 0)
+    suffix_blocks = tl.cdiv(length, BLOCK) - suffix_first // BLOCK
+    blocks = prompt_blocks + tl.minimum(GENERATIONS, G - tile * GENERATIONS) * suffix_blocks
+    each = tl.cdiv(blocks, SPLITS)
+    begin = split * each
+    turn = begin + blocks * tile // TILES
+
+    prompt_base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
+    suffix_base = layer * tl.full((), Q * G * KV * C, tl.int64)
+    suffix_base += ((question * G + tile * GENERATIONS) * KV + head) * tl.full((), C, tl.int64)
+    slots = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
+    offsets = slots[:, :, None] * D + depth[None, None, :]
+    highest = tl.full((WARPS, ROWS), _LOWEST, tl.float32)
+    total = tl.zeros((WARPS, ROWS), tl.float32)
+    acc = tl.zeros((WARPS, ROWS, D), tl.float32)
+    for step in tl.range(0, tl.minimum(each, blocks - begin), num_stages=STAGES):
+        index = (turn + step) % blocks
+        of_prompt = index < prompt_blocks
+        member = (index - prompt_blocks) // suffix_blocks  # of the tile's generations; of no use in a prompt
+        block = index - prompt_blocks - member * suffix_blocks + suffix_first // BLOCK
+        slot = BLOCK * tl.where(of_prompt, index + prompt_first // BLOCK, block)
+        base = slot + tl.where(of_prompt, prompt_base, suffix_base + member * (KV * C))
+        used = slot + slots < tl.where(of_prompt, prompt_length, length)
+        keys = tl.where(of_prompt, prompt_k_ptr, k_ptr) + base * D
+        values = tl.where(of_prompt, prompt_v_ptr, v_ptr) + base * D
+        k = tl.load(keys + offsets, mask=used[:, :, None], other=0.0)
+        v = tl.load(values + offsets, mask=used[:, :, None], other=0.0)
+        if CODED:
+            k = k.to(q.dtype)
+            v = v.to(q.dtype)
+        scores = tl.dot(q, tl.permute(k, (0, 2, 1))) * scale_log2
+        if CODED:
+            k_scale = tl.where(of_prompt, prompt_k_scale_ptr, k_scale_ptr) + base
+            scores *= tl.load(k_scale + slots, mask=used, other=0.0)[:, None, :]
+        seen = used[:, None, :] & (of_prompt | (row // SHARE == member))[None, :, None]
+        if WINDOW > 0:
+            seen &= (slot + slots >= tl.where(of_prompt, prompt_first, suffix_first))[:, None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        highest_now = tl.maximum(highest, tl.max(scores, axis=2))
+        weights = tl.exp2(scores - highest_now[:, :, None])
+        correction = tl.exp2(highest - highest_now)
+        total = total * correction + tl.sum(weights, axis=2)
+        if CODED:
+            v_scale = tl.where(of_prompt, prompt_v_scale_ptr, v_scale_ptr) + base
+            weights *= tl.load(v_scale + slots, mask=used, other=0.0)[:, None, :]
+        acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, :, None])
+        highest = highest_now
+
+    top = tl.max(highest, axis=0)
+    factor = tl.exp2(highest - top[None, :])
+    total = tl.sum(total * factor, axis=0)
+    acc = tl.sum(acc * factor[:, :, None], axis=0)
+    if SPLITS > 1:
+        part = query * SPLITS + split
+        tl.store(first_out_ptr + part * 2, tl.where(total > 0, top, float("-inf")), mask=valid)
+        tl.store(first_out_ptr + part * 2 + 1, total, mask=valid)
+        tl.store(second_out_ptr + part[:, None] * D + depth[None, :], acc, mask=(valid & (total > 0))[:, None])
+    else:
+        out = (acc / tl.where(valid, total, 1.0)[:, None]).to(first_out_ptr.dtype.element_ty)
+        target = query[:, None] * D
+        tl.store(first_out_ptr + target + depth[None, :], out, mask=valid[:, None])
+        if PERMUTED:
+            tl.store(second_out_ptr + target + permuted_column(depth)[None, :], out, mask=valid[:, None])
+
+
+def form_constants(share: int, generations: int, config: tuning.AttentionConfig, permuted: bool) -> dict:
+    """The blocks of this form; the shape's other constants are those of `decode_attention_triton.kernel_constants`."""
+    rows = max(config.prompt_rows, triton.next_power_of_2(share))
+    return {
+        "GENERATIONS": min(config.generations, generations, max(1, rows // share)),
+        "ROWS": rows,
+        "BLOCK": config.block_slots,
+        "WARPS": config.warps,
+        "SPLITS": config.suffix_splits,
+        "STAGES": config.stages,
+        "PERMUTED": permuted and config.suffix_splits == 1,
+    }
+
+
+def grid(constants: dict) -> tuple[int]:
+    """Programs of one question side by side: they share its prompt."""
+    tiles = triton.cdiv(constants["G"], constants["GENERATIONS"])
+    return (constants["Q"] * constants["KV"] * tiles * constants["SPLITS"],)
