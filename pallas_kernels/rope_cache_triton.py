@@ -1,7 +1,7 @@
 """Norm, rotation and cache write of one token's heads for NVIDIA GPUs: a program for each row and few heads.
 
-A thread holds 16 bytes of either half of a head in 16 bits; a program for each head would be many that start, wait for
-memory once and end. The halves that the rotation mixes are loaded apart, so nothing is shuffled. Partial sums and bias are added in float32;
+A thread holds a few neighbours of either half of a head; a program for each head would be many that start, wait for memory once
+and end. The halves that the rotation mixes are loaded apart, so nothing is shuffled. Partial sums and bias are added in float32;
 after that, values are rounded to the compute dtype where the jnp twin rounds them.
 """
 
@@ -12,9 +12,8 @@ import triton.language as tl
 
 from pallas_kernels import cache_codes
 
-HEADS = 4
-"""Of a row, in one program."""
-WARPS = 1
+HEADS, WARPS = 4, 4
+"""Of a row, in one program. On an H200, 16 heads of 128, 256 and 64 rows: 2.1 and 1.6 us; one head and warp 3.7 and 1.9."""
 
 
 @triton.jit
