@@ -108,10 +108,6 @@ def dense_matmul_problem(device: Device, dtype, weight_dtype, k: int) -> str | N
 
 DENSE_TILES = 132
 """Tiles of 64 x 64 results that fill a GPU. With fewer, K must be split; XLA, left to itself, then adds a launch that sums the parts."""
-DENSE_SUM_US = 1.0
-"""Microseconds that such a sum adds to the library's time, which is measured without it: on an H200, XLA's products and sums took
-5.3 + 1.5 for the 64 rows of 1536 x 2048 that cuBLAS alone takes 5.4 for. Under compiler options that forbid the split, as a rollout's
-do, there is no such launch; what the rule loses there has not been measured, and by the tuned entries is a microsecond at most."""
 
 
 def dense_matmul_rule(
@@ -119,13 +115,14 @@ def dense_matmul_rule(
 ) -> str:
     """The kernel where it was measured to be faster: `measured` is (its time, the library's), both in microseconds.
 
-    Unmeasured (None), the products of few results whose K must be split: 64 rows, or an adapter's few columns.
+    The library's is without such a sum, since a rollout's compiler options forbid it. Unmeasured (None), the kernel for products
+    of few results whose K must be split: 64 rows, or an adapter's few columns.
     """
     if dense_matmul_problem(device, dtype, weight_dtype, k):
         return REFERENCE
-    few = m * n < DENSE_TILES * 64 * 64
     if measured is not None:
-        return TRITON if measured[0] < measured[1] + few * DENSE_SUM_US else REFERENCE
+        return TRITON if measured[0] < measured[1] else REFERENCE
+    few = m * n < DENSE_TILES * 64 * 64
     return TRITON if few and (m <= 64 or n <= 256) else REFERENCE
 
 

@@ -86,17 +86,10 @@ def test_a_measurement_decides_for_its_shape_and_fewer_rows(monkeypatch) -> None
     assert tuning.dense_config(50, 2048, 1536) == DenseConfig(**config)
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "measured", "want"),
-    [
-        (64, 2048, (5.6, 5.4), "triton"),  # XLA would split K and sum in a launch of its own
-        (64, 2048, (6.6, 5.4), "reference"),
-        (64, 17920, (17.9, 17.8), "reference"),  # enough tiles without a split
-        (64, 17920, (17.8, 19.2), "triton"),
-    ],
-)
-def test_the_rule_counts_the_sum_of_what_xla_splits(m, n, measured, want) -> None:
-    assert dispatch.dense_matmul_rule(H200, jnp.bfloat16, jnp.bfloat16, m, n, 1536, measured) == want
+@pytest.mark.parametrize("n", [2048, 17920])
+@pytest.mark.parametrize(("measured", "want"), [((5.6, 5.4), "reference"), ((5.3, 5.4), "triton")])
+def test_the_rule_takes_what_was_measured_to_be_faster(n, measured, want) -> None:
+    assert dispatch.dense_matmul_rule(H200, jnp.bfloat16, jnp.bfloat16, 64, n, 1536, measured) == want
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
