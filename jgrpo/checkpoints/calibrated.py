@@ -5,8 +5,8 @@ are rounded in the order in which they are applied, by `jgrpo.checkpoints.gptq_r
 before it are rounded (the paper's code calls that true_sequential), so that it makes up for their errors too.
 
 In memory at a time, in float32: one layer's weights twice, the rows' activations twice ([tokens, D]), those inside one layer for
-`CHUNK_TOKENS` tokens, and five matrices [K, K] of the widest input K (H, D, and three while H is factored): 4.1 GB where K is
-14,336 (Llama 8B), 1.6 GB where it is 8,960 (Qwen2.5 1.5B).
+`CHUNK_TOKENS` tokens, and seven matrices [K, K] of the widest input K (H and D of two halves of the tokens, three while H is
+factored): 5.8 GB where K is 14,336 (Llama 8B), 2.2 GB where it is 8,960 (Qwen2.5 1.5B).
 """
 
 import functools
@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
-from jgrpo.checkpoints.gptq_rounding import round_to_inputs
+from jgrpo.checkpoints.gptq_rounding import Moments, round_to_inputs
 from jgrpo.checkpoints.merged import Rows, blocks_of
 from jgrpo.checkpoints.names import Placement, placements
 from jgrpo.models import ModelConfig, Transformer
@@ -34,6 +34,7 @@ LENGTH_STEP = 128
 """Rows are padded to a multiple of this, so that few programs are compiled."""
 
 Layer = dict[str, Any]
+Halves = tuple[Moments, Moments]
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,32 @@ class Chunk:
 
     tokens: Int32[np.ndarray, "B T"]
     lengths: Int32[np.ndarray, " B"]
+    second: Bool[np.ndarray, " B"]
+    """Rows of the second half."""
 
     @property
     def real(self) -> Bool[np.ndarray, "B T"]:
         """Where the tokens are."""
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
+    @property
+    def halves(self) -> tuple[Bool[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+        """Where the tokens of either half are."""
+        second = self.second[:, None]
+        return self.real & ~second, self.real & second
+
 
 def chunks_of(rows: Sequence[Sequence[int]]) -> list[Chunk]:
-    """Rows of tokens, padded and put together by their lengths; what fills up a chunk are rows of length 0."""
-    by_width: dict[int, list[Sequence[int]]] = {}
+    """Rows of tokens, padded and put together by their lengths; what fills up a chunk are rows of length 0.
+
+    Of rows of about the same length every other one is of the second half, and rows that are the same are of the same half.
+    """
+    by_width: dict[int, list[tuple[Sequence[int], bool]]] = {}
+    distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
+    second = {row: number % 2 == 1 for number, row in enumerate(distinct)}
     for row in sorted(rows, key=len):
-        by_width.setdefault(-(-len(row) // LENGTH_STEP) * LENGTH_STEP, []).append(row)
+        width = -(-len(row) // LENGTH_STEP) * LENGTH_STEP
+        by_width.setdefault(width, []).append((row, second[tuple(row)]))
     return [
         _chunk(members[start : start + size], width, size)
         for width, members in by_width.items()
@@ -62,11 +77,11 @@ def chunks_of(rows: Sequence[Sequence[int]]) -> list[Chunk]:
     ]
 
 
-def _chunk(rows: Sequence[Sequence[int]], width: int, size: int) -> Chunk:
-    tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], lengths[i] = row, len(row)
-    return Chunk(tokens, lengths)
+def _chunk(rows: Sequence[tuple[Sequence[int], bool]], width: int, size: int) -> Chunk:
+    chunk = Chunk(np.zeros((size, width), np.int32), np.zeros(size, np.int32), np.zeros(size, np.bool_))
+    for i, (row, is_second) in enumerate(rows):
+        chunk.tokens[i, : len(row)], chunk.lengths[i], chunk.second[i] = row, len(row), is_second
+    return chunk
 
 
 class CalibratedRounding:
@@ -104,8 +119,8 @@ class CalibratedRounding:
         for name in MATRICES_IN_ORDER:
             if exact[name].shape[1] % group_size:
                 continue  # stays as it is
-            moments, drift = self._moments(name, exact, rounded)
-            self.weights[name] = round_to_inputs(exact[name], moments, drift, group_size, scale_dtype)
+            halves = self._moments(name, exact, rounded)
+            self.weights[name] = round_to_inputs(exact[name], halves, group_size, scale_dtype)
             rounded[name] = dequantize(self.weights[name], jnp.float32)
         for xs, weights in ((self.exact, exact), (self.rounded, rounded)):
             for i, chunk in enumerate(self.chunks):
@@ -134,31 +149,38 @@ class CalibratedRounding:
                 layer[leaf[-1]] = jnp.asarray(np.concatenate(parts))
         return layer
 
-    def _moments(self, name: str, exact: Layer, rounded: Layer) -> tuple[Float[Array, "K K"], Float[Array, "K K"]]:
-        """H and D of one matrix (`jgrpo.checkpoints.gptq_rounding`)."""
+    def _moments(self, name: str, exact: Layer, rounded: Layer) -> Halves:
+        """Of the inputs of one matrix."""
         width = exact[name].shape[1]
-        sums = jnp.zeros((width, width)), jnp.zeros((width, width))
+        first, second = (Moments(*(jnp.zeros((width, width)) for _ in range(2))) for _ in range(2))
+        halves = first, second
         for chunk, *xs in zip(self.chunks, self.exact, self.rounded, strict=True):
-            sums = _add_moments(self.model, name, sums, xs, chunk.lengths, chunk.real, (exact, rounded), self.layer)
-        return sums
+            halves = _add_moments(
+                self.model, name, halves, xs, chunk.lengths, chunk.halves, (exact, rounded), self.layer
+            )
+        return halves
 
 
 @functools.partial(jax.jit, static_argnames=("model", "name"), donate_argnames="sums")
 def _add_moments(
     model: Transformer,
     name: str,
-    sums: tuple[Array, Array],
+    sums: Halves,
     xs: Sequence[Array],
     lengths: Array,
-    real: Array,
+    halves: tuple[Array, Array],
     weights: tuple[Layer, Layer],
     layer: Array,
-) -> tuple[Array, Array]:
-    """H + x̂ x̂ᵀ and D + (x - x̂) x̂ᵀ over the real tokens of a chunk; what stands behind the matrix is not computed."""
+) -> Halves:
+    """H + x̂ x̂ᵀ and D + (x - x̂) x̂ᵀ over each half of a chunk's tokens; what stands behind the matrix is not computed."""
+
+    def added(sums: Moments, tokens: Array) -> Moments:
+        exact, rounded = (jnp.where(tokens[..., None], x, 0).reshape(-1, x.shape[-1]) for x in inputs)
+        return Moments(sums.inputs + rounded.T @ rounded, sums.drift + (exact - rounded).T @ rounded)
+
     with jax.default_matmul_precision("highest"):
-        inputs = (_applied(model, x, lengths, own, layer)[1][name] for x, own in zip(xs, weights, strict=True))
-        exact, rounded = (jnp.where(real[..., None], x, 0).reshape(-1, x.shape[-1]) for x in inputs)
-        return sums[0] + rounded.T @ rounded, sums[1] + (exact - rounded).T @ rounded
+        inputs = [_applied(model, x, lengths, own, layer)[1][name] for x, own in zip(xs, weights, strict=True)]
+        return added(sums[0], halves[0]), added(sums[1], halves[1])
 
 
 @functools.partial(jax.jit, static_argnames="model")

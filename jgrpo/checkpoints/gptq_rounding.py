@@ -5,17 +5,18 @@ earlier matrices are rounded already (x̂). The levels Q of a matrix W are to mi
 
     ‖W X - Q X̂‖² + λ ‖W - Q‖²        with H = X̂ X̂ᵀ, D = (X - X̂) X̂ᵀ, λ = damping · mean of H's diagonal.
 
-That is ‖(W' - Q)‖² in the norm of H + λ, up to a constant, of the target W' = W + W D (H + λ)⁻¹: what W has to become to make up
-for the errors before it. GPTQ rounds W' a column at a time, each to its nearest level, and moves the columns that are still to come against the
+That is ‖W' - Q‖² in the norm of H + λ, up to a constant, of the target W' = W + C with C = W D (H + λ)⁻¹: what W has to become to make
+up for the errors before it. Fitted on few tokens, C would follow their noise. So the tokens come in two halves, and the target is W + α C with
+the α that fits best where the C of one half is applied to the other (1 where errors have a structure to correct). GPTQ rounds W' a column at a time, each to its nearest level, and moves the columns that are still to come against the
 error, by rows of the factor U of (H + λ)⁻¹ = Uᵀ U (the paper's "Cholesky reformulation", in blocks of 128 columns).
 
 Deviations from the paper: the target W' (the asymmetric objective of GPTAQ, Li et al. 2025, arXiv:2504.02692, solved once in closed
-form; the paper has W' = W); every group's scale is that of the exact W, by the rule of `jgrpo.quantization.quantize`, so that a
+form, with a measured α where that has a constant; the paper has W' = W); every group's scale is that of the exact W, by the rule of `jgrpo.quantization.quantize`, so that a
 matrix on its grid already keeps its levels; U comes from one Cholesky factor of H in reversed order, without an inverse.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +32,43 @@ BLOCK = 128
 """Columns whose errors reach the columns behind them together."""
 
 
+class Moments(NamedTuple):
+    """What some tokens say about a matrix's inputs; float32, sums over the tokens."""
+
+    inputs: Float[Array, "K K"]
+    """H = X̂ X̂ᵀ."""
+    drift: Float[Array, "K K"]
+    """D = (X - X̂) X̂ᵀ."""
+
+
 def round_to_inputs(
-    weight: Float[Array, "N K"],
-    moments: Float[Array, "K K"],
-    drift: Float[Array, "K K"],
-    group_size: int,
-    scale_dtype: Any = jnp.float32,
+    weight: Float[Array, "N K"], halves: tuple[Moments, Moments], group_size: int, scale_dtype: Any = jnp.float32
 ) -> Int4Weight:
-    """The weight in four bits for inputs with `moments` H and `drift` D (the module's docstring), in float32.
+    """The weight in four bits for the inputs of two halves of the tokens, in float32.
 
     Raises UserError where H is not finite, or `group_size` does not divide K.
     """
     scales = quantize(weight, group_size, scale_dtype).scales
-    factor = damped_factor(moments)
-    levels = round_columns(compensated(weight, drift, factor), scales.astype(jnp.float32), factor)
-    return Int4Weight(pack_nibbles(levels, group_size), scales)
+    fitted = correction_fit(weight, halves)
+    both = jax.tree.map(jnp.add, *halves)
+    factor = damped_factor(both.inputs)
+    target = weight + fitted * correction(weight, both.drift, factor)
+    return Int4Weight(pack_nibbles(round_columns(target, scales.astype(jnp.float32), factor), group_size), scales)
+
+
+def correction_fit(weight: Float[Array, "N K"], halves: tuple[Moments, Moments]) -> Float[Array, ""]:
+    """α between 0 and 1: the least-squares factor of the correction of each half on the other; 0 where there is none to fit."""
+    pairs = ((halves[0], halves[1]), (halves[1], halves[0]))
+    sums = [_fit(weight, correction(weight, own.drift, damped_factor(own.inputs)), other) for own, other in pairs]
+    # ‖W X - (W + α C) X̂‖² is least at α = ⟨W (X - X̂), C X̂⟩ / ‖C X̂‖².
+    along, power = map(sum, zip(*sums, strict=True))
+    return jnp.where(power > 0, jnp.clip(along / power, 0, 1), 0)
+
+
+@jax.jit
+def _fit(weight: Array, correction: Array, other: Moments) -> tuple[Array, Array]:
+    with jax.default_matmul_precision("highest"):
+        return jnp.vdot(weight @ other.drift, correction), jnp.vdot(correction @ other.inputs, correction)
 
 
 def damped_factor(moments: Float[Array, "K K"]) -> Float[Array, "K K"]:
@@ -76,12 +99,12 @@ def inverse_factor(moments: Float[Array, "K K"], damping: float) -> Float[Array,
 
 
 @jax.jit
-def compensated(
+def correction(
     weight: Float[Array, "N K"], drift: Float[Array, "K K"], factor: Float[Array, "K K"]
 ) -> Float[Array, "N K"]:
-    """W' = W + W D (H + λ)⁻¹."""
+    """C = W D (H + λ)⁻¹."""
     with jax.default_matmul_precision("highest"):
-        return weight + ((weight @ drift) @ factor.T) @ factor
+        return ((weight @ drift) @ factor.T) @ factor
 
 
 @jax.jit

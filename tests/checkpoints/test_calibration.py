@@ -150,6 +150,19 @@ def test_rows_are_put_together_by_their_lengths():
     assert all((chunk.tokens == 7 * chunk.real).all() for chunk in chunks)
 
 
+def test_halves_are_balanced_and_a_repeated_row_is_in_one_of_them():
+    rows = [[number] * (100 + number % 3) for number in range(50)]
+    chunks = chunks_of(rows + 3 * rows[:4])
+    first, second = (
+        {int(row[0]) for chunk in chunks for row in chunk.tokens[chunk.halves[half].any(1)]} for half in range(2)
+    )
+    assert first | second == set(range(50))
+    assert not first & second
+    assert len(first) == len(second) == 25
+    for chunk in chunks:
+        np.testing.assert_array_equal(chunk.halves[0] ^ chunk.halves[1], chunk.real)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

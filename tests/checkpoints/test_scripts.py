@@ -25,6 +25,13 @@ def test_asymmetric_and_mixed_weights_decode_unrolled():
         assert all(result[name]["rms"] < 1e-5 for name in ("prefill", "decode", "forward"))
 
 
+def test_ways_of_rounding_to_four_bits():
+    nearest, plain, calibrated = run("measure_gptq.py", "--random", "1", "--tokens", "2048")
+    assert [row["rounding"] for row in (nearest, plain, calibrated)] == ["nearest level", "plain GPTQ", "calibrated"]
+    assert nearest["random tokens"]["share"] < plain["random tokens"]["share"] < calibrated["random tokens"]["share"]
+    assert calibrated["export"]["seconds"] > 0
+
+
 def test_peaks_while_loading():
     (result,) = run("measure_loading.py", "--gigabytes", "0.1", "--formats", "gptq", "--json")
     assert result["ok"]
