@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python scripts/check_gptq.py            # needs: pip install gptqmodel optimum
 
-Tiny random models with an adapter, exported in groups of 64 inputs, their logits on 40 tokens against jgrpo's on the same files. A
+Tiny random models with an adapter, rounded on random tokens in groups of 64 inputs, their logits on 40 tokens against jgrpo's on the same files. A
 line for each family; the exit code is 1 where a logit differs by more than 0.01 (GPTQModel's CPU kernels round to 16 bits)
 or another token is the most likely one. Not part of the tests: GPTQModel wants newer releases of torch than they pin.
 """
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from jgrpo.checkpoints.calibrated import CalibratedRounding
 from jgrpo.checkpoints.gptq import GPTQEncoding
 from jgrpo.checkpoints.hf import load_base, load_model_config
 from jgrpo.checkpoints.merged import export_merged
@@ -38,7 +39,8 @@ def export(name: str, directory: Path) -> Path:
     source = make_checkpoint(directory / "source", family, **sizes, **overrides)
     config = load_model_config(source)
     base, lora = load_base(source, config, UNQUANTIZED), random_adapter(config, LORA)
-    encoding = GPTQEncoding(np.dtype(np.float32), 64)
+    rows = np.random.default_rng(1).integers(0, 263, (16, 40)).tolist()
+    encoding = GPTQEncoding(np.dtype(np.float32), 64, CalibratedRounding(config, rows))
     return export_merged(directory / "gptq", source, lora, LORA, config, base=base, encoding=encoding)
 
 

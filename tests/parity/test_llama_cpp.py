@@ -16,6 +16,7 @@ from scipy.special import log_softmax
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from jgrpo.checkpoints.calibrated import CalibratedRounding
 from jgrpo.checkpoints.gguf_file import read_gguf, write_gguf
 from jgrpo.checkpoints.gguf_tokenizer import model_name
 from jgrpo.checkpoints.hf import load_base, load_model_config
@@ -40,7 +41,13 @@ def llama_cpp(file: Path, **question: Any) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def assert_computes_the_same(case: Case, tmp_path: Path, kinds: dict[str, float], prefixes: tuple[int, ...]) -> None:
+def assert_computes_the_same(
+    case: Case,
+    tmp_path: Path,
+    kinds: dict[str, float],
+    prefixes: tuple[int, ...],
+    rounding: CalibratedRounding | None = None,
+) -> None:
     """base + a random adapter, exported; llama.cpp against jgrpo on the values in the file.
 
     llama.cpp rounds activations: to float16 in front of float16 matrices, to 8 bits in front of quantized ones.
@@ -51,7 +58,7 @@ def assert_computes_the_same(case: Case, tmp_path: Path, kinds: dict[str, float]
     rows = merged_rows(case.path, case.base, random_adapter(case.config, LORA), LORA)
     for kind, bound in kinds.items():
         file = tmp_path / f"{kind}.gguf"
-        write_gguf(file, case.path, rows, case.config, kind)
+        write_gguf(file, case.path, rows, case.config, kind, rounding)
         answer = llama_cpp(file, prompts=[row[:n].tolist() for n in prefixes], vocab_size=case.config.vocab_size)
         base = read_gguf(file, case.config, jax.device_put)
         logits = our_logits(case.model(), base, {}, tokens, lengths)[np.cumsum(lengths) - 1]
@@ -79,6 +86,14 @@ def test_llama_cpp_computes_what_jgrpo_does(name, tmp_path, tmp_path_factory):
     base_case, more = CASES[name]
     case = build_case(base_case, tmp_path_factory, **more)
     assert_computes_the_same(case, tmp_path, {"F16": 0.015, "Q8_0": 0.2, "Q4_0": 0.2}, PREFIXES)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_llama_cpp_reads_calibrated_blocks(name, tmp_path, tmp_path_factory):
+    base_case, more = CASES[name]
+    case = build_case(base_case, tmp_path_factory, **more)
+    rows = np.random.default_rng(1).integers(0, 256, (16, 60)).tolist()
+    assert_computes_the_same(case, tmp_path, {"Q4_0": 0.2}, PREFIXES, CalibratedRounding(case.config, rows))
 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=300.0)
