@@ -5,8 +5,8 @@ are rounded in the order in which they are applied, by `jgrpo.checkpoints.gptq_r
 before it are rounded (the paper's code calls that true_sequential), so that it makes up for their errors too.
 
 In memory at a time, in float32: one layer's weights twice, the rows' activations twice ([tokens, D]), those inside one layer for
-`CHUNK_TOKENS` tokens, and seven matrices [K, K] of the widest input K (H and D of two halves of the tokens, three while H is
-factored): 5.8 GB where K is 14,336 (Llama 8B), 2.2 GB where it is 8,960 (Qwen2.5 1.5B).
+`CHUNK_TOKENS` tokens, and up to nine matrices [K, K] of the widest input K (H and D of both halves of the tokens and of all, three while
+H is factored): 7.4 GB where K is 14,336 (Llama 8B), 2.9 GB where it is 8,960 (Qwen2.5 1.5B).
 """
 
 import functools

@@ -7,12 +7,14 @@ earlier matrices are rounded already (x̂). The levels Q of a matrix W are to mi
 
 That is ‖W' - Q‖² in the norm of H + λ, up to a constant, of the target W' = W + C with C = W D (H + λ)⁻¹: what W has to become to make
 up for the errors before it. Fitted on few tokens, C would follow their noise. So the tokens come in two halves, and the target is W + α C with
-the α that fits best where the C of one half is applied to the other (1 where errors have a structure to correct). GPTQ rounds W' a column at a time, each to its nearest level, and moves the columns that are still to come against the
-error, by rows of the factor U of (H + λ)⁻¹ = Uᵀ U (the paper's "Cholesky reformulation", in blocks of 128 columns).
+the α that fits best where the C of one half is applied to the other (1 where errors have a structure to correct). GPTQ rounds W' a
+column at a time, each to its nearest level, and moves the columns that are still to come against the error, by rows of the
+factor U of (H + λ)⁻¹ = Uᵀ U (the paper's "Cholesky reformulation", in blocks of 128 columns).
 
 Deviations from the paper: the target W' (the asymmetric objective of GPTAQ, Li et al. 2025, arXiv:2504.02692, solved once in closed
-form, with a measured α where that has a constant; the paper has W' = W); every group's scale is that of the exact W, by the rule of `jgrpo.quantization.quantize`, so that a
-matrix on its grid already keeps its levels; U comes from one Cholesky factor of H in reversed order, without an inverse.
+form, with a measured α where that has a constant; the paper has W' = W); every group's scale is that of the exact W, by the rule of
+`jgrpo.quantization.quantize`, so that a matrix on its grid already keeps its levels; U = R⁻¹ comes from the one factorization
+H + λ = R Rᵀ with R upper triangular, which is Cholesky's of H in reversed order, since H⁻¹ = R⁻ᵀ R⁻¹.
 """
 
 import math
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Float, UInt8
 
 from jgrpo.errors import UserError
@@ -53,7 +56,8 @@ def round_to_inputs(
     both = jax.tree.map(jnp.add, *halves)
     factor = damped_factor(both.inputs)
     target = weight + fitted * correction(weight, both.drift, factor)
-    return Int4Weight(pack_nibbles(round_columns(target, scales.astype(jnp.float32), factor), group_size), scales)
+    levels = round_columns(target, scales.astype(jnp.float32), inverse(factor))
+    return Int4Weight(pack_nibbles(levels, group_size), scales)
 
 
 def correction_fit(weight: Float[Array, "N K"], halves: tuple[Moments, Moments]) -> Float[Array, ""]:
@@ -72,13 +76,13 @@ def _fit(weight: Array, correction: Array, other: Moments) -> tuple[Array, Array
 
 
 def damped_factor(moments: Float[Array, "K K"]) -> Float[Array, "K K"]:
-    """Upper triangular U with Uᵀ U = (H + λ)⁻¹, for the smallest λ of `DAMPING` that float32 factors.
+    """Upper triangular R with R Rᵀ = H + λ, for the smallest λ of `DAMPING` that float32 factors.
 
     Raises UserError if none does: H is not finite.
     """
-    # An infinite diagonal would factor, into zeros.
+    # An infinite diagonal would factor.
     for damping in DAMPING if bool(jnp.isfinite(moments).all()) else ():
-        factor = inverse_factor(moments, damping)
+        factor = upper_factor(moments, damping)
         if bool(jnp.isfinite(factor).all()):
             return factor
     raise UserError(
@@ -88,30 +92,35 @@ def damped_factor(moments: Float[Array, "K K"]) -> Float[Array, "K K"]:
 
 
 @jax.jit
-def inverse_factor(moments: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
-    """Upper triangular U with Uᵀ U = (H + λ)⁻¹; not finite where H + λ is not positive definite in float32."""
+def upper_factor(moments: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
+    """Upper triangular R with R Rᵀ = H + λ; not finite where H + λ is not positive definite in float32."""
     width = moments.shape[0]
     mean = jnp.trace(moments) / width
     damped = moments + jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(width)
-    # H = R Rᵀ with R upper triangular is Cholesky's L Lᵀ of H in reversed order; then H⁻¹ = R⁻ᵀ R⁻¹, so U = R⁻¹.
-    upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(upper, jnp.eye(width))
+    return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+
+
+@jax.jit
+def inverse(factor: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    """U = R⁻¹."""
+    return solve_triangular(factor, jnp.eye(factor.shape[0]))
 
 
 @jax.jit
 def correction(
     weight: Float[Array, "N K"], drift: Float[Array, "K K"], factor: Float[Array, "K K"]
 ) -> Float[Array, "N K"]:
-    """C = W D (H + λ)⁻¹."""
+    """C = W D (H + λ)⁻¹, by two triangular solves: where N is below K, less work than an inverse."""
     with jax.default_matmul_precision("highest"):
-        return ((weight @ drift) @ factor.T) @ factor
+        wanted = (weight @ drift).T
+        return solve_triangular(factor, solve_triangular(factor, wanted), trans=1).T
 
 
 @jax.jit
 def round_columns(
-    weight: Float[Array, "N K"], scales: Float[Array, "N K/g"], factor: Float[Array, "K K"]
+    weight: Float[Array, "N K"], scales: Float[Array, "N K/g"], inverse: Float[Array, "K K"]
 ) -> UInt8[Array, "N K"]:
-    """Levels 0 to 15 of the weight in groups with `scales`, column by column with error feedback."""
+    """Levels 0 to 15 of the weight in groups with `scales`, column by column with error feedback by `inverse` U."""
     rows, width = weight.shape
     block = math.gcd(width, BLOCK)
     # Transposed, a column of W is contiguous. One scale for each column.
@@ -126,12 +135,12 @@ def round_columns(
         return ahead - row[:, None] * error, ((level + 8).astype(jnp.uint8), error)
 
     def columns(rest: Array, start: Array) -> tuple[Array, Array]:
-        own, own_steps, own_factor = (jax.lax.dynamic_slice_in_dim(x, start, block) for x in (rest, steps, factor))
-        square = jax.lax.dynamic_slice_in_dim(own_factor, start, block, axis=1)
+        own, own_steps, own_inverse = (jax.lax.dynamic_slice_in_dim(x, start, block) for x in (rest, steps, inverse))
+        square = jax.lax.dynamic_slice_in_dim(own_inverse, start, block, axis=1)
         _, (levels, errors) = jax.lax.scan(column, own, (jnp.arange(block), own_steps, square))
         # U has nothing left of its diagonal: columns before the block stay, its own are not looked at again.
         with jax.default_matmul_precision("highest"):
-            return rest - own_factor.T @ errors, levels
+            return rest - own_inverse.T @ errors, levels
 
     levels = jax.lax.scan(columns, weight.T, jnp.arange(0, width, block))[1]
     return levels.reshape(width, rows).T
