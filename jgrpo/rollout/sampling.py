@@ -3,8 +3,10 @@
 Order and meaning are those of `transformers`' logits processors: temperature, then top-k, then top-p of what
 top-k kept, then min-p. All three keep the tokens at or above a threshold, so they are one number a row,
 found by bisection over the 32 bits of a float, without a sort over the vocabulary. A GPU takes four bits a read: XLA
-fuses the fifteen candidates into one. On a CPU it does not, and one bit a read is five times faster. The threshold is exact. At ties all tokens that equal the last one kept are kept (`transformers` does so for
-top-k; for top-p its sort keeps an arbitrary one of them).
+fuses the fifteen candidates into one. On a CPU it does not, and one bit a read is five times faster. The threshold is exact. At ties all tokens
+that equal the last one kept are kept (`transformers` does so for top-k; for top-p its sort keeps an arbitrary one of them).
+With top-k the bisection reads only the k blocks of tokens that have the largest maxima: 32 rows of 151,936 logits took a CPU 56 ms
+for k = 50 and 113 ms with top-p as well, and take it 16 and 24.
 
 A token is drawn by inverting the cumulative distribution in two levels (blocks of about sqrt(V) tokens, then
 inside one block) from one uniform number a row. On a GPU the logits are read once: largest logit and sum of each block come
@@ -75,11 +77,12 @@ def keep_threshold(
     """
     if _keeps_everything(logits, top_k, top_p, min_p):
         return None
-    total, threshold = total or total_of(logits), None
+    total, threshold, above = total or total_of(logits), None, logits
     if 0 < top_k < logits.shape[-1]:
-        threshold = _kth_largest(logits, top_k)
+        above = _blocks_of_largest(logits, top_k)
+        threshold = _kth_largest(above, top_k)
     if top_p < 1.0:
-        threshold = _nucleus_threshold(logits, total, top_p, threshold)
+        threshold = _nucleus_threshold(logits, total, top_p, threshold, above)
     if min_p > 0.0:
         relative = total.largest + math.log(min_p)
         threshold = relative if threshold is None else jnp.maximum(threshold, relative)
@@ -211,19 +214,41 @@ def _quantile(
     return chosen, target - before
 
 
-def _kth_largest(logits: Float32[Array, "... V"], k: int) -> Float32[Array, "..."]:
+def _kth_largest(logits: Float32[Array, "... N"], k: int) -> Float32[Array, "..."]:
     return _largest_threshold(logits, lambda kept: kept.astype(jnp.int32), jnp.int32(k))
 
 
+def _blocks_of_largest(logits: Float32[Array, "... V"], k: int) -> Float32[Array, "... N"]:
+    """The k blocks with the largest logits, which are an eighth of a large vocabulary for k = 50; all logits, if more than half.
+
+    They hold every logit above the k-th largest one, and k that are not below it: outside, none is above the k blocks' maxima.
+    """
+    vocab, width = logits.shape[-1], _block_width(logits)
+    if 2 * k * width > vocab:
+        return logits
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, -vocab % width)]
+    padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
+    _, blocks = jax.lax.top_k(jnp.max(padded.reshape(*logits.shape[:-1], -1, width), axis=-1), k)
+    tokens = (blocks[..., None] * width + jnp.arange(width)).reshape(*blocks.shape[:-1], k * width)
+    inside = jnp.take_along_axis(logits, jnp.minimum(tokens, vocab - 1), axis=-1)
+    return jnp.where(tokens < vocab, inside, -jnp.inf)
+
+
 def _nucleus_threshold(
-    logits: Float32[Array, "... V"], total: Total, top_p: float, lowest: Float32[Array, "..."] | None
+    logits: Float32[Array, "... V"],
+    total: Total,
+    top_p: float,
+    lowest: Float32[Array, "..."] | None,
+    above: Float32[Array, "... N"],
 ) -> Float32[Array, "..."]:
-    """Largest threshold above which lies top_p of the mass of the tokens at or above `lowest`."""
-    weights, mass = jnp.exp(logits - total.largest[..., None]), total.mass
+    """Largest threshold, `lowest` at least, above which lies top_p of the mass of the tokens at or above `lowest`.
+
+    `above`: logits among which are all that are above `lowest`.
+    """
+    mass, weights = total.mass, jnp.exp(above - total.largest[..., None])
     if lowest is not None:
-        weights = jnp.where(logits >= lowest[..., None], weights, 0.0)
-        mass = jnp.sum(weights, axis=-1)
-    threshold = _largest_threshold(logits, lambda kept: jnp.where(kept, weights, 0.0), top_p * mass)
+        mass = jnp.sum(jnp.where(logits >= lowest[..., None], jnp.exp(logits - total.largest[..., None]), 0.0), axis=-1)
+    threshold = _largest_threshold(above, lambda kept: jnp.where(kept, weights, 0.0), top_p * mass)
     return threshold if lowest is None else jnp.maximum(threshold, lowest)
 
 

@@ -85,6 +85,21 @@ def test_ties_at_the_boundary_are_all_kept() -> None:
     np.testing.assert_array_equal(np.isfinite(truncate(logits, min_p=0.25)), [1, 1, 1, 1, 1])
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("k", [1, 4, 15, 16, 300])
+def test_ties_in_many_blocks_of_the_vocabulary(k: int, top_p: float) -> None:
+    """Up to k = 15 of 1009 only some blocks are searched; a tie with the last one kept lies in others too."""
+    logits = np.random.default_rng(k).integers(-6, 3, (16, 1009)).astype(np.float32)
+    logits[0] = -np.inf
+    logits[0, ::97] = 1.0
+    lowest = -np.sort(-logits)[:, k - 1 : k]
+    kept = np.where(logits >= lowest, np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True)), 0)
+    levels = np.unique(logits)[::-1]
+    reached = [np.where(logits >= level, kept, 0).sum(-1) >= top_p * kept.sum(-1) * (1 - 1e-6) for level in levels]
+    want = lowest[:, 0] if top_p == 1 else np.maximum(levels[np.argmax(reached, axis=0)], lowest[:, 0])
+    np.testing.assert_array_equal(keep_threshold(jnp.asarray(logits), top_k=k, top_p=top_p), want)
+
+
 def test_top_p_counts_the_mass_that_top_k_left() -> None:
     """Of the top two, 0.5 and 0.25, the first alone is 2/3 of the mass."""
     logits = jnp.log(jnp.asarray([0.5, 0.25, 0.125, 0.125]))
