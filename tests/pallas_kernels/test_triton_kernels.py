@@ -78,15 +78,16 @@ def test_int4_matmul_adds_partial_sums_of_the_adapter(split_k, xa_parts, product
     assert relative_error(out, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("product", [MMA, MMA_SWAPPED, WGMMA])
 @pytest.mark.parametrize("block_k", [128, 256])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_int4_matmul_with_bfloat16_scales(group, block_k):
+def test_int4_matmul_with_bfloat16_scales(group, block_k, product):
     rng, dtype = np.random.default_rng(9), DTYPES[0]
     packed, scales, weight = random_int4(rng, 70, 512, group)
     exact = np.round(scales * 256) / 256  # few enough bits for bfloat16
     weight *= np.repeat(exact / scales.astype(np.float64), group, axis=-1)
     x = rounded(rng.normal(size=(40, 512)), dtype)
-    blocks = int4_blocks(product=WGMMA, block_m=64, block_k=block_k)
+    blocks = int4_blocks(product=product, block_m=64, block_k=block_k)
     out = launch.int4_matmul(x, packed, rounded(exact, "bfloat16"), 0, None, None, blocks)
     assert relative_error(out, float64(x) @ weight.T) < TOLERANCE[dtype]
 
