@@ -141,10 +141,10 @@ def random_subject(directory: Path, millions: int) -> Subject:
     """A random model in int4 with a random adapter that nearest levels lose."""
     path, lora_config = random_checkpoint(directory, millions), LoraConfig(lora_rank=16, lora_alpha=32.0)
     config = load_model_config(path)
-    lora = init_lora(jax.random.key(0), lora_config, config)
-    moved = jax.tree.map(lambda part: part, lora)
-    for i, (name, part) in enumerate(lora.items()):
-        moved[name] = {"a": part["a"], "b": 0.012 * jax.random.normal(jax.random.key(i), part["b"].shape)}
+    moved = {
+        name: {"a": part["a"], "b": 0.012 * jax.random.normal(jax.random.key(i), part["b"].shape)}
+        for i, (name, part) in enumerate(init_lora(jax.random.key(0), lora_config, config).items())
+    }
     base = load_base(path, config, QuantizationConfig(), jnp.bfloat16)
     held_out = {"random tokens": chunks_of(random_rows(config, 2048, seed=1))}
     return Subject(path, config, base, moved, lora_config, held_out)
