@@ -13,7 +13,7 @@ from pallas_kernels.decode_attention import decode_attention, decode_attention_r
 from pallas_kernels.dense_matmul import dense_partial_sums
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.gated_matmul import gated_matmul
-from pallas_kernels.int4_matmul import int4_matmul, int4_partial_sums, reads_permuted
+from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partial_sums, reads_permuted
 from pallas_kernels.rope_cache import rope_and_cache
 from pallas_kernels.rows import Rows, joined
 from pallas_kernels.token_logprobs import token_logprobs
@@ -29,6 +29,7 @@ __all__ = [
     "dequantize",
     "gated_activation",
     "gated_matmul",
+    "has_int8_kernel",
     "int4_matmul",
     "int4_partial_sums",
     "joined",

@@ -18,6 +18,8 @@ TRITON = "triton"
 DEQUANTIZE = "dequantize"
 
 INT4_MATMUL_GROUPS = (32, 64, 128)
+MOSAIC_JAX = (0, 11, 2)
+"""The jax that the Mosaic GPU kernel was written for; its API changes with every release."""
 ATTENTION_HEAD_DIMS = (64, 128, 256)
 _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
@@ -30,6 +32,7 @@ class Device:
     capability: tuple[int, int] | None = None
     has_triton: bool = False
     name: str = ""
+    has_mosaic: bool = False
 
 
 @functools.cache
@@ -46,7 +49,8 @@ def current_device() -> Device:
             "is several times slower in rollouts. Install jax-triton to use them.",
             stacklevel=2,
         )
-    return Device("gpu", (major, minor), has_triton, device.device_kind)
+    has_mosaic = jax.__version_info__ >= MOSAIC_JAX
+    return Device("gpu", (major, minor), has_triton, device.device_kind, has_mosaic)
 
 
 def _triton_problem(device: Device, dtype) -> str | None:
@@ -73,10 +77,27 @@ def int4_matmul_problem(device: Device, dtype, k: int, group: int, code: str = "
     return None
 
 
+def mosaic_problem(device: Device, dtype, scales_dtype, group: int) -> str | None:
+    """Why the int4 product cannot take its Mosaic GPU form; None when it can. `Int4Config.fits` knows its shapes."""
+    if problem := int4_matmul_problem(device, dtype, 0, group):
+        return problem
+    if device.capability is None or device.capability[0] != 9:
+        return f"it is written for compute capability 9, this GPU has {device.capability}"
+    if not device.has_mosaic:
+        return f"it needs jax >= {'.'.join(map(str, MOSAIC_JAX))}"
+    if not jnp.dtype(dtype) == jnp.dtype(scales_dtype) == jnp.bfloat16:
+        return f"it needs bfloat16 rows and scales, got {jnp.dtype(dtype).name} and {jnp.dtype(scales_dtype).name}"
+    return None
+
+
 # Rows above which dequantizing the layer and calling cuBLAS is taken. On an H200 the fused kernel still wins by 1.3 to
 # 1.6 at 256 rows (docs/benchmarks.md), and both should meet near 512. Before Hopper, dequantized weights cost more:
 # there is less memory bandwidth for each FLOP.
 INT4_CROSSOVER_ROWS = {9: 256, 8: 512}
+
+
+INT8_ROWS = 256
+"""Rows up to which 8-bit weights are multiplied by their kernel, which a decode step alone uses; above, they are dequantized."""
 
 
 def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int, code: str = "int4") -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dequantized, dispatch, reference, tuning
 from pallas_kernels.codes import PER_BYTE
-from pallas_kernels.rows import Rows, joined
+from pallas_kernels.rows import Rows, joined, permute_columns
 
 
 def int4_matmul(
@@ -77,6 +77,15 @@ def int4_partial_sums(
     if rows.permuted is not None and rows.permuted.shape != x.shape:
         raise ValueError(f"int4_partial_sums: permuted rows must be {x.shape}, got {rows.permuted.shape}")
     layer = layer if layer is None or isinstance(layer, int) else jnp.asarray(layer, jnp.int32)
+    config = None
+    if code == "int8" and implementation is None:
+        n, k = packed.shape[-2:]
+        config = _int8_config(x.shape[0], n, k, reference.group_size(packed, scales, code), x.dtype, scales.dtype)
+    if config is not None:
+        from pallas_kernels.int4_matmul_mosaic import partial_sums
+
+        permuted = permute_columns(x) if rows.permuted is None else rows.permuted
+        return partial_sums(permuted, packed, scales, layer, xa, lora_b, x.dtype, config, code)
     chosen = _implementation(x, packed, scales, code, implementation)
     if chosen == dispatch.TRITON:
         from pallas_kernels.int4_matmul_triton import partial_sums
@@ -92,9 +101,24 @@ def reads_permuted(
 ) -> bool:
     """Whether the product with these weights reads its M rows with permuted columns, on this device."""
     group, (n, k) = reference.group_size(packed, scales, code), (packed.shape[-2], PER_BYTE[code] * packed.shape[-1])
+    if code == "int8":
+        return has_int8_kernel(m, n, k, group, dtype, scales.dtype)
     if dispatch.int4_matmul_rule(dispatch.current_device(), dtype, m, k, group, code) != dispatch.TRITON:
         return False
-    return tuning.int4_config(m, n, k, group).product == tuning.WGMMA
+    mosaic = dispatch.mosaic_problem(dispatch.current_device(), dtype, scales.dtype, group) is None
+    return tuning.int4_config(m, n, k, group, mosaic=mosaic).product in tuning.READS_PERMUTED
+
+
+def has_int8_kernel(m: int, n: int, k: int, group: int, dtype, scales_dtype) -> bool:
+    """Whether `int4_partial_sums` multiplies M rows by 8-bit weights [N, K] in one kernel on this device, or dequantizes them first."""
+    return _int8_config(m, n, k, group, dtype, scales_dtype) is not None
+
+
+def _int8_config(m: int, n: int, k: int, group: int, dtype, scales_dtype) -> tuning.Int4Config | None:
+    """The blocks of the kernel for 8-bit weights and the few rows of a decode step; None where it cannot run."""
+    if m > dispatch.INT8_ROWS or dispatch.mosaic_problem(dispatch.current_device(), dtype, scales_dtype, group):
+        return None
+    return tuning.int8_config(m, n, k, group)
 
 
 def _implementation(x, packed, scales, code: str, implementation: str | None) -> str:

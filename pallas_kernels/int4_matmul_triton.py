@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import reference, tuning
+from pallas_kernels import dispatch, reference, tuning
 from pallas_kernels.rows import permute_columns
 
 _BF16_PAIRS = tl.constexpr(
@@ -251,17 +251,23 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.
 def partial_sums(x, permuted, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
     """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
 
-    `permuted` is x with permuted columns where the caller has it, `config` overrides the tuned blocks; `xa` is one matrix
-    or, with a leading axis, partial sums.
+    `permuted` is x with permuted columns where the caller has it, `config` overrides the tuned blocks and form; `xa` is one
+    matrix or, with a leading axis, partial sums.
     """
     from pallas_kernels.triton_launch import triton_call
 
     (m, k), n, group = x.shape, packed.shape[-2], reference.group_size(packed, scales)
-    config = config or tuning.int4_config(m, n, k, group)
+    if config is None:
+        mosaic = dispatch.mosaic_problem(dispatch.current_device(), x.dtype, scales.dtype, group) is None
+        config = tuning.int4_config(m, n, k, group, mosaic=mosaic)
     rank = 0 if xa is None else xa.shape[-1]
     xa_parts = xa.shape[0] if xa is not None and xa.ndim == 3 else 1
-    if config.product == tuning.WGMMA:
+    if config.product in tuning.READS_PERMUTED:
         x = permute_columns(x) if permuted is None else permuted
+    if config.product == tuning.MOSAIC:
+        from pallas_kernels import int4_matmul_mosaic
+
+        return int4_matmul_mosaic.partial_sums(x, packed, scales, layer, xa, lora_b, out_dtype, config)
     unused = scales  # a pointer that the kernel never follows
     return triton_call(
         x,

@@ -8,17 +8,23 @@ import functools
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
 from pallas_kernels import dispatch
+from pallas_kernels.codes import PER_BYTE
 
 MMA, MMA_SWAPPED, WGMMA = "mma", "mma_swapped", "wgmma"  # forms of the product, see int4_matmul_triton.py
+MOSAIC = "mosaic"  # and int4_matmul_mosaic.py
+READS_PERMUTED = (WGMMA, MOSAIC)
 
 
 @dataclass(frozen=True)
 class Int4Config:
-    """Blocks of the int4 matmul, and which of its forms."""
+    """Blocks of the int4 matmul, and which of its forms.
+
+    Of mosaic, 64 of the `block_n` rows of weights are a warp group's, and `warps` counts those that multiply.
+    """
 
     block_m: int
     block_n: int
@@ -29,7 +35,12 @@ class Int4Config:
     stages: int
 
     def fits(self, m: int, n: int, k: int, group: int) -> bool:
-        """Whether the kernel can run this shape: whole groups in a block, whole blocks in K."""
+        """Whether the kernel can run this shape: whole groups in a block, whole blocks in K.
+
+        Of mosaic also whole blocks in N, and groups of 64 and more.
+        """
+        if self.product == MOSAIC and (n % self.block_n or group < 64):
+            return False
         return k % self.block_k == 0 and self.block_k % group == 0 and self.split_k <= k // self.block_k
 
 
@@ -102,15 +113,60 @@ def _distance(entry: dict, shape: dict[str, int]) -> float:
     return sum(weight.get(key, 1.0) * abs(math.log(entry[key] / value)) for key, value in shape.items())
 
 
-def int4_config(m: int, n: int, k: int, group: int) -> Int4Config:
-    """The blocks for x [M, K] @ W [N, K]^T on the current device."""
+def int4_config(m: int, n: int, k: int, group: int, *, mosaic: bool = False) -> Int4Config:
+    """The blocks for x [M, K] @ W [N, K]^T on the current device; `mosaic`: its form may be chosen (`dispatch.mosaic_problem`).
+
+    A shape may have been measured with both, and the faster one is taken.
+    """
     device = dispatch.current_device()
-    entries = tuned(device.name).get("int4_matmul", [])
-    candidates = [e for e in entries if Int4Config(**e["config"]).fits(m, n, k, group)]
+    entries = [e | {"blocks": Int4Config(**e["config"])} for e in tuned(device.name).get("int4_matmul", [])]
+    candidates = [e for e in entries if e["blocks"].fits(m, n, k, group) and (mosaic or e["blocks"].product != MOSAIC)]
     if candidates:
-        nearest = min(candidates, key=lambda e: _distance(e, {"m": m, "n": n, "k": k}))
-        return Int4Config(**nearest["config"])
+        return min(candidates, key=lambda e: (_distance(e, {"m": m, "n": n, "k": k}), e["us"]))["blocks"]
+    if mosaic and (config := mosaic_heuristic(m, n, k)).fits(m, n, k, group) and m > 16:
+        return config
     return int4_heuristic(m, n, k, group, hopper=(device.capability or (0, 0)) >= (9, 0))
+
+
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a program may have on Hopper."""
+
+
+def mosaic_stages(config: Int4Config, rank: int, code: str = "int4") -> int:
+    """Slots of the ring that shared memory holds beside an adapter's x A^T of that rank, at most 8; 0: not one."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    slot = 2 * m * k + n * k // PER_BYTE[code] + 16 * n
+    return min(8, (SHARED_BYTES - 1024 - 2 * m * rank) // slot)
+
+
+def mosaic_config(
+    block_m: int, block_n: int, block_k: int, split_k: int, *, rank: int = 0, code: str = "int4"
+) -> Int4Config:
+    """The mosaic form with as many stages as fit; the launch takes fewer where the adapter's rank asks for it."""
+    config = Int4Config(block_m, block_n, block_k, split_k, MOSAIC, warps=block_n // 16, stages=0)
+    return replace(config, stages=mosaic_stages(config, rank, code))
+
+
+def int8_config(m: int, n: int, k: int, group: int) -> Int4Config | None:
+    """The blocks for 8-bit weights, which have the mosaic form only, on the current device; None: it cannot run this shape."""
+    entries = [
+        e | {"blocks": Int4Config(**e["config"])} for e in tuned(dispatch.current_device().name).get("int8_matmul", [])
+    ]
+    candidates = [e for e in entries if e["blocks"].fits(m, n, k, group)]
+    if candidates:
+        return min(candidates, key=lambda e: _distance(e, {"m": m, "n": n, "k": k}))["blocks"]
+    config = mosaic_heuristic(m, n, k, code="int8")
+    return config if config.fits(m, n, k, group) else None
+
+
+def mosaic_heuristic(m: int, n: int, k: int, *, code: str = "int4", multiprocessors: int = 132) -> Int4Config:
+    """All rows up to 256 in one tile, four warp groups while their sums fit the registers, K split until every multiprocessor has a program."""
+    block_m = min(max(16, power_of_two(m)), 256 if code == "int4" else 128)
+    block_n = 256 if block_m <= 128 and n % 256 == 0 else 128
+    block_k = 256 if block_m <= 64 and k % 256 == 0 and code == "int4" else 128
+    tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
+    split_k = max(1, min(multiprocessors // tiles, k // block_k // 4))
+    return mosaic_config(block_m, block_n, block_k, split_k, code=code)
 
 
 def int4_heuristic(m: int, n: int, k: int, group: int, *, hopper: bool, multiprocessors: int = 132) -> Int4Config:
@@ -119,7 +175,7 @@ def int4_heuristic(m: int, n: int, k: int, group: int, *, hopper: bool, multipro
     Measured on an H200: up to 32 rows, programs of two warps win, about six a multiprocessor; above, `wgmma` wins, with
     small tiles of weights and about two programs a multiprocessor at 64 rows, with the widest tile of rows beyond.
     """
-    block_m = min(max(16, _power_of_two(m)), 128 if hopper else 64)
+    block_m = min(max(16, power_of_two(m)), 128 if hopper else 64)
     swapped, narrow = block_m <= 32, hopper and block_m == 64
     sizes = (256, 128, 64, 32) if swapped or narrow else (128, 64, 32)
     block_k = next((size for size in sizes if k % size == 0 and size % group == 0), group)
@@ -133,7 +189,8 @@ def int4_heuristic(m: int, n: int, k: int, group: int, *, hopper: bool, multipro
     return Int4Config(block_m, block_n, block_k, split_k, product, warps, stages=2 if narrow else 3)
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
+    """The least power of two that is not below."""
     return 1 << (value - 1).bit_length()
 
 
@@ -157,7 +214,7 @@ def _product_entry(op: str, m: int, n: int, k: int) -> dict | None:
 
 def dense_heuristic(m: int, n: int, k: int, *, multiprocessors: int = 132) -> DenseConfig:
     """Tiles of 64 weights by all rows up to 128; K split in up to 16 until every multiprocessor has a program."""
-    block_m = min(max(16, _power_of_two(m)), 128)
+    block_m = min(max(16, power_of_two(m)), 128)
     block_k = next(size for size in (128, 64) if k % size == 0)
     tiles = math.ceil(n / 64) * math.ceil(m / block_m)
     split_k = max(1, min(multiprocessors // tiles, k // block_k // 2, 16))
@@ -184,7 +241,7 @@ def gated_heuristic(m: int, n: int, *, hopper: bool, multiprocessors: int = 132)
     Up to 32 rows the weights are the left operand, of which a Hopper GPU takes no fewer than 64 rows at once. Before Hopper, more
     columns would not fit the registers.
     """
-    block_m = min(max(16, _power_of_two(m)), 256)
+    block_m = min(max(16, power_of_two(m)), 256)
     if block_m <= 32:
         return GatedConfig(block_m, 64, 0, 64, True, warps=4, stages=4)
     extra = min(
@@ -218,8 +275,8 @@ def attention_config(rows: int, prompts: int, head_dim: int, share: int) -> Atte
 def attention_heuristic(rows: int, prompts: int, head_dim: int, *, multiprocessors: int = 132) -> AttentionConfig:
     """Split each suffix until the programs fill the GPU about four times; prompts are few and get as many splits."""
     wanted = 4 * multiprocessors
-    suffix_splits = max(1, min(16, _power_of_two(math.ceil(wanted / rows))))
-    prompt_splits = max(1, min(8, _power_of_two(math.ceil(multiprocessors / prompts))))
+    suffix_splits = max(1, min(16, power_of_two(math.ceil(wanted / rows))))
+    prompt_splits = max(1, min(8, power_of_two(math.ceil(multiprocessors / prompts))))
     return AttentionConfig(64 if head_dim <= 128 else 32, 32, suffix_splits, prompt_splits, warps=4, stages=3)
 
 

@@ -359,6 +359,7 @@ def main(arguments: list[str]) -> None:
             old
             for old in entries.get(op, [])
             if any(old[key] != entry[key] for key in entry if key not in ("config", "us", "library_us"))
+            or old["config"].get("product") == tuning.MOSAIC  # autotune_mosaic.py writes those
         ]
         entries[op] = [*same, entry]
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when Triton is first imported, which transformers does where it is installed; "0" runs the kernels on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Mosaic's interpreter runs every warp group in a thread of its own that XLA's CPU pool lends, and that sleeps until another one
+# arrives at a barrier: with a thread for each of two cores, the one that would arrive never starts, and the test hangs.
+if [int(part) for part in version("jax").split(".")[:2]] >= [0, 11]:
+    os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
 

@@ -1,5 +1,7 @@
 """The dispatch rules, read for devices that the machine running the tests does not have."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import pytest
 
@@ -10,6 +12,7 @@ CPU = Device("cpu")
 T4 = Device("gpu", (7, 5), True, "Tesla T4")
 A100 = Device("gpu", (8, 0), True, "NVIDIA A100")
 H100 = Device("gpu", (9, 0), True, "NVIDIA H100")
+H100_MOSAIC = Device("gpu", (9, 0), True, "NVIDIA H100", has_mosaic=True)
 H100_BARE = Device("gpu", (9, 0), False, "NVIDIA H100")
 
 
@@ -31,6 +34,30 @@ H100_BARE = Device("gpu", (9, 0), False, "NVIDIA H100")
 )
 def test_int4_matmul_rule(device, dtype, m, group, want):
     assert dispatch.int4_matmul_rule(device, dtype, m, 4096, group) == want
+
+
+def test_mosaic_form_runs_on_hopper():
+    for group in (64, 128):
+        assert dispatch.mosaic_problem(H100_MOSAIC, jnp.bfloat16, jnp.bfloat16, group) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "scales_dtype", "group", "reason"),
+    [
+        (CPU, jnp.bfloat16, jnp.bfloat16, 64, "needs an NVIDIA GPU"),
+        (T4, jnp.bfloat16, jnp.bfloat16, 64, "needs compute capability 8.0"),
+        (H100_BARE, jnp.bfloat16, jnp.bfloat16, 64, "jax-triton is not installed"),
+        (H100_MOSAIC, jnp.float32, jnp.bfloat16, 64, "bfloat16 or float16 activations, got float32"),
+        (H100_MOSAIC, jnp.bfloat16, jnp.bfloat16, 48, "group size must be one of"),
+        (replace(A100, has_mosaic=True), jnp.bfloat16, jnp.bfloat16, 64, "written for compute capability 9"),
+        (replace(H100_MOSAIC, capability=(10, 0)), jnp.bfloat16, jnp.bfloat16, 64, "written for compute capability 9"),
+        (H100, jnp.bfloat16, jnp.bfloat16, 64, "needs jax >= 0.11.2"),
+        (H100_MOSAIC, jnp.float16, jnp.float16, 64, "bfloat16 rows and scales, got float16 and float16"),
+        (H100_MOSAIC, jnp.bfloat16, jnp.float32, 64, "bfloat16 rows and scales, got bfloat16 and float32"),
+    ],
+)
+def test_why_the_mosaic_form_cannot_run(device, dtype, scales_dtype, group, reason):
+    assert reason in str(dispatch.mosaic_problem(device, dtype, scales_dtype, group))
 
 
 @pytest.mark.parametrize("code", ["nf4", "int8"])

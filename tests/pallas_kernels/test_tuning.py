@@ -1,6 +1,7 @@
 """Block sizes: heuristics and tuned files give configurations that the kernels can run, for any shape."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,16 @@ FILES = sorted((Path(tuning.__file__).parent / "tuned").glob("*.json"))
 SHAPES = [
     (n, k, group) for n in (7, 1536, 28672) for k, group in [(896, 64), (896, 128), (1536, 64), (3584, 32), (64, 32)]
 ]
+
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may ask for on Hopper."""
+
+
+def mosaic_shared_bytes(config: Int4Config, rank: int = 0) -> int:
+    """The ring of slots (x, packed weights, eight scales a row) and x A^T; each slot's two barriers and the adapter's are 8 bytes each."""
+    x, weights = 2 * config.block_m * config.block_k, config.block_n * config.block_k // 2
+    return config.stages * (x + weights + 2 * 8 * config.block_n + 2 * 8) + 2 * config.block_m * rank + 8
 
 
 @pytest.mark.parametrize("hopper", [False, True])
@@ -28,13 +39,95 @@ def test_int4_heuristic_fits_every_shape(m, n, k, group, hopper):
     assert shared <= (227 if hopper else 163) * 1024
 
 
+@pytest.mark.parametrize("m", [17, 33, 64, 128, 200, 256, 4096])
+@pytest.mark.parametrize(
+    ("n", "k", "group"),
+    [(128, 512, 64), (384, 1536, 64), (2048, 1536, 128), (1536, 8960, 64), (4864, 896, 64), (28672, 4096, 128)],
+)
+def test_mosaic_heuristic_fits_and_fills_no_more_than_shared_memory(m, n, k, group):
+    config = tuning.mosaic_heuristic(m, n, k)
+    assert config.product == tuning.MOSAIC
+    assert config.fits(m, n, k, group)
+    assert config.block_m >= min(m, 256)
+    assert 2 <= config.stages <= 8
+    assert mosaic_shared_bytes(config) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("rank", [0, 16, 128, 256])
+@pytest.mark.parametrize("blocks", [(16, 128, 256), (64, 256, 256), (128, 256, 128), (256, 128, 128)])
+def test_stages_of_the_mosaic_form_are_the_most_that_fit(blocks, rank):
+    config = tuning.mosaic_config(*blocks, split_k=2)
+    stages = tuning.mosaic_stages(config, rank)
+    assert mosaic_shared_bytes(replace(config, stages=stages), rank) <= SHARED_MEMORY
+    assert stages == 8 or mosaic_shared_bytes(replace(config, stages=stages + 1), rank) > SHARED_MEMORY - 1024
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group", "fits"),
+    [
+        (1536, 1536, 64, True),
+        (1536, 2048, 128, True),
+        (1600, 1536, 64, False),  # N is not whole blocks
+        (1536, 1536, 32, False),
+        (1536, 8960, 64, True),  # 140 scales a row, not a multiple of the 8 that one copy brings
+        (1536, 1536, 128, True),
+        (1536, 1536, 512, False),  # a group is wider than a block
+        (1536, 896, 64, False),  # K is not whole blocks
+    ],
+)
+def test_shapes_of_the_mosaic_form(n, k, group, fits):
+    mosaic = tuning.mosaic_config(64, 128, 256, 2)
+    assert mosaic.fits(64, n, k, group) == fits
+    assert not replace(mosaic, split_k=k // 256 + 1).fits(64, n, k, group)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[dict]:
+    """The measurements of the int4 product on the device that this process takes itself for; empty."""
+    entries: list[dict] = []
+    monkeypatch.setattr(dispatch, "current_device", lambda: dispatch.Device("gpu", (9, 0), True, "H", has_mosaic=True))
+    monkeypatch.setattr(tuning, "tuned", lambda name: {"int4_matmul": entries})
+    return entries
+
+
+@pytest.mark.parametrize("mosaic_first", [False, True])
+@pytest.mark.parametrize(("mosaic_us", "faster"), [(5.0, True), (7.0, False)])
+def test_the_faster_form_of_a_shape_is_taken(measured, mosaic_us, faster, mosaic_first):
+    shape = {"m": 64, "n": 1536, "k": 1536}
+    mosaic, triton = tuning.mosaic_config(64, 128, 256, 2), Int4Config(64, 64, 128, 2, tuning.WGMMA, 4, 2)
+    both = [tuning.as_entry(mosaic, **shape, us=mosaic_us), tuning.as_entry(triton, **shape, us=6.0)]
+    measured.extend(both if mosaic_first else reversed(both))
+    assert tuning.int4_config(64, 1536, 1536, 64, mosaic=True) == (mosaic if faster else triton)
+    assert tuning.int4_config(64, 1536, 1536, 64) == triton
+    assert tuning.int4_config(64, 1536, 1536, 32, mosaic=True) == triton  # mosaic does not fit
+
+
+def test_a_shape_measured_in_the_mosaic_form_only_is_left_to_the_others_where_that_cannot_run(measured):
+    mosaic = tuning.mosaic_config(64, 128, 256, 2)
+    measured.append(tuning.as_entry(mosaic, m=64, n=1536, k=1536, us=5.0))
+    assert tuning.int4_config(64, 1536, 1536, 64, mosaic=True) == mosaic
+    assert tuning.int4_config(64, 1536, 1536, 64) == tuning.int4_heuristic(64, 1536, 1536, 64, hopper=True)
+
+
+def test_unmeasured_shapes_get_a_heuristic_that_fits(measured):
+    del measured  # none
+    for m, n, k, mosaic in [(64, 1536, 1536, True), (256, 28672, 4096, True), (16, 1536, 1536, False)]:
+        want = tuning.mosaic_heuristic(m, n, k) if mosaic else tuning.int4_heuristic(m, n, k, 64, hopper=True)
+        assert tuning.int4_config(m, n, k, 64, mosaic=True) == want
+        assert tuning.int4_config(m, n, k, 64).product != tuning.MOSAIC
+    for n, k, group in [(1600, 1536, 64), (1536, 1600, 64), (1536, 1536, 32)]:
+        want = tuning.int4_heuristic(64, n, k, group, hopper=True)
+        assert tuning.int4_config(64, n, k, group, mosaic=True) == want
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_tuned_files_hold_configurations_that_fit_their_shape(file):
     entries = json.loads(file.read_text())
     for entry in entries["int4_matmul"]:
         config = Int4Config(**entry["config"])
         assert config.fits(entry["m"], entry["n"], entry["k"], 64)
-        assert config.product in (tuning.MMA, tuning.MMA_SWAPPED, tuning.WGMMA)
+        assert config.product in (tuning.MMA, tuning.MMA_SWAPPED, tuning.WGMMA, tuning.MOSAIC)
+        assert config.product != tuning.MOSAIC or (config.stages >= 2 and mosaic_shared_bytes(config) <= SHARED_MEMORY)
     for entry in entries["decode_attention"]:
         # 64 query rows would make Triton choose asynchronous products, see test_triton_compiles.py.
         config = AttentionConfig(**entry["config"])
@@ -52,7 +145,11 @@ def test_tuned_files_hold_configurations_that_fit_their_shape(file):
 
 def test_nearest_tuned_entry_that_fits_is_taken(monkeypatch):
     monkeypatch.setattr(dispatch, "current_device", lambda: dispatch.Device("gpu", (9, 0), True, "NVIDIA H200"))
-    entries = {(e["m"], e["n"], e["k"]): e["config"] for e in tuning.tuned("NVIDIA H200")["int4_matmul"]}
+    slowest_first = sorted(tuning.tuned("NVIDIA H200")["int4_matmul"], key=lambda e: -e["us"])
+    fastest = {(e["m"], e["n"], e["k"]): e["config"] for e in slowest_first}
+    entries = {(e["m"], e["n"], e["k"]): e["config"] for e in slowest_first if e["config"]["product"] != tuning.MOSAIC}
+    for m in (16, 64, 256):
+        assert tuning.int4_config(m, 28672, 4096, 64, mosaic=True) == Int4Config(**fastest[m, 28672, 4096])
     assert tuning.int4_config(16, 28672, 4096, 64) == Int4Config(**entries[16, 28672, 4096])
     assert tuning.int4_config(61, 28000, 4096, 64) == Int4Config(**entries[64, 28672, 4096])
     odd = tuning.int4_config(16, 4864, 896, 64)

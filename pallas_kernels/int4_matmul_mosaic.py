@@ -1,0 +1,324 @@
+"""The int4 and int8 matmul for Hopper GPUs by Pallas Mosaic GPU: out = x @ dequant(W[layer])^T (+ xa @ B[layer]^T).
+
+Warp groups have roles. One copies: its single thread keeps a ring of `stages` slots in shared memory filled with blocks of
+packed weights, of x and of scales (TMA), and owns few registers. The others multiply: each takes 64 rows of weights, reads
+their bytes as fragments, dequantizes in registers (`dequantize`) and hands them to the tensor core as its left operand, whose
+right one is x^T in shared memory. While one group dequantizes, the tensor core works for another, and both while the
+next blocks arrive: what Triton's programs, whose warps do all of it in turn, do not overlap (docs/benchmarks.md).
+
+x comes with permuted columns (`rows.permute_columns`), as for the `wgmma` form of `int4_matmul_triton.py`: a thread's four bytes
+of 16 then are the four elements that its fragment wants. The adapter's product is one more of the tensor core at the end,
+in the first K split.
+
+Mosaic's interpreter (jax >= 0.11, on a CPU) runs the same code but for what `mosaic_instructions.py` holds, and takes the
+left operand from shared memory.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import tuning
+from pallas_kernels.codes import PER_BYTE, group_size
+from pallas_kernels.mosaic_instructions import ROWS, dequantize, sum_parts, swizzle_bytes, tiled
+
+COPY_REGISTERS = {2: 40, 4: 24}
+"""Registers of a thread that copies, by the number of warp groups that multiply; theirs are `MULTIPLY_REGISTERS`."""
+MULTIPLY_REGISTERS = {2: 232, 4: 112}
+
+_SCALES_READ = 8
+"""Scales of a row that one copy brings: 16 bytes, the least, from an address that 16 divides."""
+
+
+def _columns_in_flight(block_m: int, groups: int) -> int:
+    """K that a warp group dequantizes before it waits for the tensor core: what its registers hold beside the sums."""
+    if groups == 2:
+        return 256
+    return 256 if block_m <= 32 else 128 if block_m <= 64 else 64
+
+
+class _Plan(NamedTuple):
+    """What is known of a launch before it runs."""
+
+    config: tuning.Int4Config
+    steps: int
+    """Blocks of K."""
+    group: int
+    code: str
+    rank: int
+    b_stacked: bool
+    interpret: bool
+
+    @property
+    def warpgroups(self) -> int:
+        """Those that multiply; one more copies."""
+        return self.config.block_n // ROWS
+
+    @property
+    def groups(self) -> int:
+        """Groups of a block."""
+        return self.config.block_k // self.group
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a row of a block of weights."""
+        return self.config.block_k // PER_BYTE[self.code]
+
+    def split(self, index) -> tuple:
+        """The first block of a K split, and the one after its last."""
+        return index * self.steps // self.config.split_k, (index + 1) * self.steps // self.config.split_k
+
+
+class _Refs(NamedTuple):
+    """Arrays in device memory, then what the warp groups of a program share: the ring, its barriers, the adapter's x A^T."""
+
+    x: Any
+    packed: Any
+    scales: Any
+    layer: Any
+    xa: Any
+    b: Any
+    out: Any
+    x_ring: Any
+    packed_ring: Any
+    scales_ring: Any
+    full: Any
+    empty: Any
+    adapter: dict
+
+
+def _copy_blocks(plan: _Plan, refs: _Refs) -> None:
+    """Fill the ring, a slot as soon as all who multiply have read it."""
+    config, layer = plan.config, refs.layer[0]
+    first, last = plan.split(lax.axis_index("split"))
+    rows_m = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
+    rows_n = pl.ds(lax.axis_index("n") * config.block_n, config.block_n)
+
+    @pl.loop(first, last)
+    def _(step):
+        slot = lax.rem(step - first, config.stages)
+
+        @pl.when(step - first >= config.stages)
+        def _():
+            plgpu.barrier_wait(refs.empty.at[slot])
+
+        def copy(source, ring):
+            plgpu.copy_gmem_to_smem(source, ring.at[slot], refs.full.at[slot])
+
+        copy(refs.packed.at[layer, rows_n, pl.ds(step * plan.block_bytes, plan.block_bytes)], refs.packed_ring)
+        scales = pl.ds(step * plan.groups // _SCALES_READ * _SCALES_READ, _SCALES_READ)
+        copy(refs.scales.at[layer, rows_n, scales], refs.scales_ring)
+        copy(refs.x.at[rows_m, pl.ds(step * config.block_k, config.block_k)], refs.x_ring)
+
+    @pl.loop(jnp.maximum(first, last - config.stages), last)
+    def _(step):
+        plgpu.barrier_wait(refs.empty.at[lax.rem(step - first, config.stages)])
+
+
+def _multiply_blocks(plan: _Plan, refs: _Refs) -> None:
+    """Sums of a warp group's 64 rows of weights over its K split, and the adapter's product in the first one."""
+    config, split, own = plan.config, lax.axis_index("split"), lax.axis_index("warpgroup")
+    rows_m = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
+    rows_n = pl.ds(lax.axis_index("n") * config.block_n + own * ROWS, ROWS)
+    has_adapter = pl.when(split == 0) if plan.rank else lambda _: None
+
+    @has_adapter
+    def _():
+        sum_parts(refs.xa.at[:, rows_m], refs.adapter["xa"], 128 * plan.warpgroups, plan.interpret)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.adapter["ready"])
+
+    def all_blocks(sums):
+        first, last = plan.split(split)
+
+        @pl.loop(first, last)
+        def _(step):
+            slot = lax.rem(step - first, config.stages)
+            plgpu.barrier_wait(refs.full.at[slot])
+            _multiply_block(plan, refs, sums, step, slot, pl.ds(own * ROWS, ROWS))
+            plgpu.barrier_arrive(refs.empty.at[slot])
+
+        @has_adapter
+        def _():
+            plgpu.barrier_wait(refs.adapter["ready"])
+            _add_adapter(plan, refs, sums, rows_n)
+
+        return sums[...]
+
+    sums = pl.run_scoped(all_blocks, plgpu.ACC((ROWS, config.block_m), jnp.float32))
+    sums = plgpu.layout_cast(sums.astype(refs.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    refs.out.at[split, rows_m, rows_n].T[...] = sums
+
+
+def _multiply_block(plan: _Plan, refs: _Refs, sums, step, slot, own) -> None:
+    """Add the product of a block: the rows `own` of its weights, dequantized a group at a time."""
+    group_bytes = plan.group // PER_BYTE[plan.code]
+    wait_every = max(1, _columns_in_flight(plan.config.block_m, plan.warpgroups) // plan.group)
+    words = plgpu.load(refs.packed_ring.at[slot, own], layout=plgpu.Layout.WGMMA_8BIT)
+    for index in range(plan.groups):
+        scale = refs.scales_ring.at[slot, own, lax.rem(step * plan.groups, _SCALES_READ) + index]
+        scale = plgpu.load(scale, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        packed = words[:, index * group_bytes : (index + 1) * group_bytes]
+        weights = dequantize(packed, scale, plan.code, plan.interpret)
+        _add_product(plan, refs, sums, weights, refs.x_ring.at[slot, :, pl.ds(index * plan.group, plan.group)])
+        if (index + 1) % wait_every == 0 or index + 1 == plan.groups:
+            plgpu.wgmma_wait(0)
+
+
+def _add_adapter(plan: _Plan, refs: _Refs, sums, rows_n) -> None:
+    """Add B's rows times x A^T, as many columns at a time as a tile has."""
+    layer, width = refs.layer[0] if plan.b_stacked else 0, swizzle_bytes(plan.rank) // 2
+    for column in range(0, plan.rank, width):
+        tile = pl.ds(column, width)
+        b = plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False)
+        _add_product(plan, refs, sums, b, refs.adapter["xa"].at[:, tile])
+        plgpu.wgmma_wait(0)
+
+
+def _add_product(plan: _Plan, refs: _Refs, sums, left, right) -> None:
+    """sums += left @ right^T, begun but not awaited; `left` is in registers."""
+    if plan.interpret:
+        shared = refs.adapter["left"].at[lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
+        shared[...] = left
+        plgpu.commit_smem()
+        left = shared
+    plgpu.wgmma(sums, left, right.T)
+
+
+def _shared_memory(plan: _Plan, x, packed, scales) -> tuple:
+    """What `_Refs` has beside arrays in device memory."""
+    config, adapter = plan.config, {}
+    if plan.rank:
+        adapter["xa"] = plgpu.SMEM((config.block_m, plan.rank), x.dtype, transforms=tiled(swizzle_bytes(plan.rank), 2))
+        adapter["ready"] = plgpu.Barrier(num_arrivals=plan.warpgroups)
+    if plan.interpret:
+        width = max(plan.group, plan.rank)
+        transforms = tiled(swizzle_bytes(plan.rank or plan.group), 2)
+        adapter["left"] = plgpu.SMEM((plan.warpgroups, ROWS, width), x.dtype, transforms=transforms)
+    stages, bytes_tile = config.stages, tiled(min(plan.block_bytes, 128), 1)
+    return (
+        plgpu.SMEM((stages, config.block_m, config.block_k), x.dtype, transforms=tiled(128, 2)),
+        plgpu.SMEM((stages, config.block_n, plan.block_bytes), packed.dtype, transforms=bytes_tile),
+        plgpu.SMEM((stages, config.block_n, _SCALES_READ), scales.dtype),
+        plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=stages),
+        adapter,
+    )
+
+
+@partial(jax.jit, static_argnames=("group", "code", "config", "out_dtype", "interpret"))
+def _launch(
+    x, packed, scales, layer, xa, lora_b, *, group: int, code: str, config: tuning.Int4Config, out_dtype, interpret
+):
+    """[S, M, N] of whole tiles.
+
+    x [M, K] permuted, packed [L, N, K/2 or K], scales [L, N, K/G or more], layer int32 [1], xa [P, M, R] and lora_b [L or 1, N, R].
+    """
+    (m, k), n, rank = x.shape, packed.shape[1], 0 if xa is None else xa.shape[-1]
+    plan = _Plan(config, k // config.block_k, group, code, rank, bool(rank) and lora_b.shape[0] > 1, interpret)
+
+    def kernel(*refs):
+        arrays, rest = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
+        refs, role = _Refs(*arrays, *rest), lax.axis_index("warpgroup")
+
+        @pl.when(role == plan.warpgroups)
+        def _():
+            plgpu.set_max_registers(COPY_REGISTERS[plan.warpgroups], action="decrease")
+            _copy_blocks(plan, refs)
+
+        @pl.when(role < plan.warpgroups)
+        def _():
+            plgpu.set_max_registers(MULTIPLY_REGISTERS[plan.warpgroups], action="increase")
+            _multiply_blocks(plan, refs)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else out_dtype),
+        grid=(m // config.block_m, n // config.block_n, config.split_k),
+        grid_names=("m", "n", "split"),
+        num_threads=plan.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=_shared_memory(plan, x, packed, scales),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    return call(x, packed, scales, layer, *((xa, lora_b) if rank else ()))
+
+
+def partial_sums(
+    permuted,
+    packed,
+    scales,
+    layer,
+    xa,
+    lora_b,
+    out_dtype,
+    config: tuning.Int4Config,
+    code: str = "int4",
+    interpret: bool = False,
+):
+    """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
+
+    `permuted` is x with permuted columns; the other arguments are those of `int4_matmul_triton.partial_sums`.
+    """
+    config = _fitting(config, 0 if xa is None else xa.shape[-1], code)
+    m = permuted.shape[0]
+    rows = math.ceil(m / config.block_m) * config.block_m
+    if packed.ndim == 2:
+        packed, scales = packed[None], scales[None]
+    if xa is not None:
+        xa = xa if xa.ndim == 3 else xa[None]
+        lora_b = lora_b if lora_b.ndim == 3 else lora_b[None]
+        rank = _whole_rank(xa.shape[-1])
+        xa, lora_b = (_padded(a, a.ndim - 1, rank) for a in (xa, lora_b))
+        xa, lora_b = _padded(xa, 1, rows), lora_b.astype(permuted.dtype)
+    group, read = group_size(packed, scales, code), math.ceil(scales.shape[-1] / _SCALES_READ) * _SCALES_READ
+    # Whole sixteens of bytes: a copy where K / G is no multiple of 8, for 8,960 inputs and 1,536 outputs 0.4 of 7 MB.
+    scales = _padded(scales, 2, read)
+    layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
+    x = _padded(permuted, 0, rows)
+    parts = _launch(
+        x,
+        packed,
+        scales,
+        layer,
+        xa,
+        lora_b,
+        group=group,
+        code=code,
+        config=config,
+        out_dtype=jnp.dtype(out_dtype),
+        interpret=interpret,
+    )
+    return parts if rows == m else parts[:, :m]
+
+
+def _whole_rank(rank: int) -> int:
+    """What the tensor core takes at least, a multiple of 16; columns of zeros add nothing."""
+    return math.ceil(rank / 16) * 16
+
+
+def _fitting(config: tuning.Int4Config, rank: int, code: str) -> tuning.Int4Config:
+    """`config` with fewer stages, and then fewer rows of x, where an adapter's x A^T leaves no room for its own."""
+    fits = tuning.mosaic_stages(config, _whole_rank(rank), code)
+    if fits < 2 and config.block_m > 16:
+        return _fitting(replace(config, block_m=config.block_m // 2), rank, code)
+    return replace(config, stages=min(config.stages, fits))
+
+
+def _padded(array, axis: int, size: int):
+    """`array` with zeros up to `size` along `axis`; itself where it has that size."""
+    missing = size - array.shape[axis]
+    return array if not missing else jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)])

@@ -1,0 +1,135 @@
+"""Measure the Mosaic GPU form of the int4 product and write its entries beside those of `autotune.py` (which times Triton's forms).
+
+    python scripts/autotune_mosaic.py [--code int4 int8] [--rows 16 64 256] [--shapes llama-3.1-8b]
+
+Times are the kernel's own, read by CUPTI over a stack of layers that does not fit the L2 cache, of int4 with a LoRA epilogue of rank 32 (8-bit
+weights are copies that have the adapter merged in), plus the charge for partial sums that `autotune.py` makes. A configuration
+must give the float32 product of the same weights within a percent.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+from bench_kernels import GROUP, RANK, SHAPES
+from jax.experimental.mosaic.gpu import profiler
+from kernel_timing import CACHE_BYTES, partial_sum_us, summary, tuned_entry
+
+from pallas_kernels import int4_matmul_mosaic, reference, tuning
+from pallas_kernels.codes import PER_BYTE
+from pallas_kernels.rows import permute_columns
+from pallas_kernels.tuning import Int4Config, mosaic_config
+
+
+def candidates(code: str, m: int, n: int, k: int) -> list[Int4Config]:
+    """Whole rows of x in a tile, or two tiles of 256 and more; the splits of K that come nearest to one program a multiprocessor."""
+    found = []
+    wide = min(max(16, tuning.power_of_two(m)), 256)
+    for block_m in {wide, min(wide, 128)}:
+        for block_n in (256, 128) if block_m <= 128 else (128,):
+            for block_k in (256, 128) if block_m <= 64 else (128,):
+                tiles = -(-m // block_m) * -(-n // block_n)
+                most = max(1, 132 // tiles)
+                for split_k in {most, max(1, most // 2), most + 1 if tiles * (most + 1) < 160 else most}:
+                    config = mosaic_config(block_m, block_n, block_k, split_k, rank=RANK, code=code)
+                    if config.stages >= 2 and config.fits(m, n, k, GROUP):
+                        found.append(config)
+    return found
+
+
+def inputs(code: str, m: int, n: int, k: int) -> tuple[tuple, jax.Array]:
+    """Random operands of a stack of layers, and the product of layer 1."""
+    per_byte = PER_BYTE[code]
+    layers = max(2, -(-CACHE_BYTES // (n * k // per_byte)))
+    keys = jax.random.split(jax.random.key(m + n + k), 5)
+    packed = jax.random.bits(keys[0], (layers, n, k // per_byte), jnp.uint8)
+    packed = packed.view(jnp.int8) if code == "int8" else packed
+    scales = (0.01 * jax.random.uniform(keys[1], (layers, n, k // GROUP), minval=1, maxval=2)).astype(jnp.bfloat16)
+    x, xa = jax.random.normal(keys[2], (m, k), jnp.bfloat16), jax.random.normal(keys[3], (1, m, RANK), jnp.bfloat16)
+    b = 0.1 * jax.random.normal(keys[4], (layers, n, RANK), jnp.bfloat16)
+    float32 = [a.astype(jnp.float32) for a in (x, xa[0], b[1])]
+    weights = reference.dequantize(packed[1], scales[1], jnp.float32, code)
+    expected = jnp.matmul(float32[0], weights.T, precision="highest")
+    if code == "int8":
+        return (permute_columns(x), packed, scales, None, None), expected
+    return (permute_columns(x), packed, scales, xa, b), expected + float32[1] @ float32[2].T
+
+
+def all_layers(code: str, operands: tuple, config: Int4Config):
+    """The compiled program that runs the kernel once a layer."""
+
+    def run(x, packed, scales, xa, b):
+        one = int4_matmul_mosaic.partial_sums
+        return [one(x, packed, scales, layer, xa, b, jnp.bfloat16, config, code) for layer in range(packed.shape[0])]
+
+    return jax.jit(run).lower(*operands).compile()
+
+
+def measured(program, operands: tuple, expected) -> float | str:
+    """Microseconds a kernel, or what is wrong with it."""
+    results, timings = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=3)(*operands)
+    error = float(jnp.linalg.norm(results[1].astype(jnp.float32).sum(0) - expected) / jnp.linalg.norm(expected))
+    if not error < 1e-2:
+        return f"wrong by {error}"
+    return statistics.median(1e3 * ms for run in timings for name, ms in run if "mosaic" in name)
+
+
+def tune(code: str, m: int, n: int, k: int) -> dict | None:
+    """The entry of the fastest candidate."""
+    operands, expected = inputs(code, m, n, k)
+    plan, best = candidates(code, m, n, k), None
+    with ThreadPoolExecutor(8) as pool:
+        for config, program in zip(
+            plan, pool.map(lambda config: all_layers(code, operands, config), plan), strict=True
+        ):
+            result = measured(program, operands, expected)
+            print(
+                json.dumps({"code": code, "m": m, "n": n, "k": k, "config": vars(config), "result": result}),
+                file=sys.stderr,
+            )
+            if isinstance(result, float):
+                us = result + partial_sum_us(m, n, config.split_k)
+                best = min(best or (us, config), (us, config), key=lambda pair: pair[0])
+    return tuned_entry(best, m=m, n=n, k=k)
+
+
+def identity(entry: dict) -> tuple:
+    """What a file has one entry of."""
+    return entry["m"], entry["n"], entry["k"], entry["config"]["product"] == tuning.MOSAIC
+
+
+def main() -> None:
+    """Tune, and write the file after every shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--code", nargs="+", default=["int4", "int8"], choices=["int4", "int8"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--output", type=Path, help="default: pallas_kernels/tuned/<device>.json")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds")
+    options = parser.parse_args()
+    start, device = time.time(), jax.devices()[0].device_kind
+    output = options.output or Path(tuning.__file__).parent / "tuned" / tuning.device_file(device)
+    entries = json.loads(output.read_text()) if output.exists() else {}
+    shapes = dict.fromkeys(shape for name in options.shapes for shape in SHAPES[name])
+    for code, m, (n, k) in itertools.product(options.code, options.rows, shapes):
+        if time.time() - start > options.time_limit or not (entry := tune(code, m, n, k)):
+            continue
+        op = f"{code}_matmul"
+        others = [e for e in entries.get(op, []) if identity(e) != identity(entry)]
+        entries[op] = [*others, entry]
+        output.write_text(json.dumps(entries, indent=1) + "\n")
+        print(summary(op, entry, n * k * (1 / PER_BYTE[code] + 2 / GROUP) + 2 * m * (n + k)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

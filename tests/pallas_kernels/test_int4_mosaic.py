@@ -1,0 +1,126 @@
+"""The Mosaic GPU form of the int4 product against float64: in Mosaic's interpreter on a CPU, compiled on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+
+if jax.__version_info__ < dispatch.MOSAIC_JAX:
+    pytest.skip("needs the jax of Mosaic's interpreter", allow_module_level=True)
+
+from pallas_kernels import int4_matmul_mosaic, tuning
+from pallas_kernels.rows import permute_columns
+from tests.pallas_kernels.oracles import random_int4, relative_error
+
+INTERPRET = jax.default_backend() == "cpu"
+TOLERANCE = 4e-3
+
+
+def product(x, packed, scales, layer, xa, b, config, code="int4"):
+    arrays = [None if a is None else jnp.asarray(a) for a in (xa, b)]
+    out = int4_matmul_mosaic.partial_sums(
+        permute_columns(x),
+        jnp.asarray(packed),
+        jnp.asarray(scales, jnp.bfloat16),
+        layer,
+        *arrays,
+        jnp.bfloat16,
+        config,
+        code,
+        interpret=INTERPRET,
+    )
+    assert out.dtype == (jnp.float32 if config.split_k > 1 else jnp.bfloat16)
+    return np.asarray(out, np.float64).sum(0)
+
+
+def rows(rng, m, k):
+    return jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "blocks"),
+    [
+        (1, 128, 512, 64, (16, 128, 128, 1)),
+        (5, 256, 1536, 64, (16, 256, 256, 2)),
+        (16, 384, 3584, 64, (16, 128, 256, 3)),
+        (33, 256, 1024, 128, (64, 256, 256, 1)),
+        (200, 128, 1024, 128, (256, 128, 128, 4)),
+        (130, 512, 512, 64, (64, 256, 128, 1)),
+        (40, 256, 2048, 64, (32, 256, 256, 4)),
+        (33, 128, 1280, 64, (64, 128, 256, 1)),  # scales of 20 groups: rows of 40 bytes
+        (16, 128, 896, 64, (16, 128, 128, 3)),
+    ],
+)
+def test_product(m, n, k, group, blocks):
+    rng = np.random.default_rng(m + n + k)
+    packed, scales, weight = random_int4(rng, n, k, group)
+    x = rows(rng, m, k)
+    out = product(x, packed, scales, None, None, None, tuning.mosaic_config(*blocks))
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "blocks"),
+    [
+        (5, 256, 1536, 64, (16, 256, 128, 2)),
+        (33, 128, 1024, 128, (64, 128, 256, 1)),
+        (200, 128, 512, 64, (256, 128, 128, 1)),
+    ],
+)
+def test_product_with_eight_bits(m, n, k, group, blocks):
+    rng = np.random.default_rng(m)
+    packed = rng.integers(-128, 128, (n, k)).astype(np.int8)
+    scales = jnp.asarray(rng.uniform(0.01, 0.02, (n, k // group)), jnp.bfloat16)
+    weight = packed * np.repeat(np.asarray(scales, np.float64), group, axis=1)
+    x = rows(rng, m, k)
+    out = product(x, packed, scales, None, None, None, tuning.mosaic_config(*blocks, code="int8"), "int8")
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
+
+
+@pytest.mark.parametrize(("rank", "parts"), [(16, 1), (12, 3), (32, 5), (96, 2), (192, 2)])
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_adapter_of_the_layer(stacked, split_k, rank, parts):
+    rng = np.random.default_rng(rank)
+    packed, scales, weight = random_int4(rng, 128, 512, 64, layers=(3,))
+    x, b = rows(rng, 5, 512), jnp.asarray(rng.normal(size=(3, 128, rank)), jnp.bfloat16)
+    xa = jnp.asarray(rng.normal(size=(parts, 5, rank)), jnp.float32 if parts > 1 else jnp.bfloat16)
+    for layer in (1, jnp.int32(2)):
+        out = product(
+            x, packed, scales, layer, xa, b if stacked else b[layer], tuning.mosaic_config(16, 128, 128, split_k)
+        )
+        adapter = np.asarray(xa, np.float64).sum(0) @ np.asarray(b[layer], np.float64).T
+        assert relative_error(out, np.asarray(x, np.float64) @ weight[layer].T + adapter) < TOLERANCE
+
+
+@pytest.mark.parametrize("rank", [16, 96, 256, 768])
+@pytest.mark.parametrize("block_m", [16, 64, 256])
+def test_a_wide_adapter_gets_its_room_from_the_ring(block_m, rank):
+    config = tuning.mosaic_config(block_m, 128, 128, 1)
+    fitting = int4_matmul_mosaic._fitting(config, rank, "int4")
+    assert 2 <= fitting.stages <= config.stages
+    assert fitting.stages <= tuning.mosaic_stages(fitting, rank)
+    assert fitting.block_m == block_m or tuning.mosaic_stages(config, rank) < 2
+
+
+def test_an_adapter_too_wide_for_a_tile_of_all_rows():
+    """256 rows of rank 512 alone are more than shared memory."""
+    rng = np.random.default_rng(0)
+    packed, scales, weight = random_int4(rng, 128, 512, 64)
+    x, xa, b = (rows(rng, *shape) for shape in [(200, 512), (200, 512), (128, 512)])
+    out = product(x, packed, scales, None, xa, b, tuning.mosaic_config(256, 128, 128, 1))
+    wanted = np.asarray(x, np.float64) @ weight.T + np.asarray(xa, np.float64) @ np.asarray(b, np.float64).T
+    assert relative_error(out, wanted) < TOLERANCE
+
+
+def test_fresh_inputs_give_fresh_results():
+    """Nothing of an earlier call stays behind in the ring of slots."""
+    config = tuning.mosaic_config(16, 128, 256, 1)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        packed, scales, weight = random_int4(rng, 256, 4096, 64)
+        x = rows(rng, 16, 4096)
+        out = product(x, packed, scales, None, None, None, config)
+        assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE

@@ -1,0 +1,31 @@
+"""The Mosaic GPU form compiles for an H200, keeps everything in registers, and lets the tensor core run on while others work."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the packages of the extra cuda13"
+)
+def test_kernels_spill_nothing_and_wait_for_no_product():
+    """Not for an adapter of rank 128 either, whose B comes on top of the sums."""
+    command = [sys.executable, "-m", "tests.pallas_kernels.compile_mosaic"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["code"] for kernel in kernels} == {"int4", "int8"}
+    assert {kernel["block_m"] for kernel in kernels} == {16, 32, 64, 128, 256}
+    for kernel in kernels:
+        said = kernel.pop("ptxas")
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, (kernel, said)
+        assert "serialized" not in said, (kernel, said)
+        assert "setmaxnreg" not in said, (
+            kernel,
+            said,
+        )  # ptxas says so where it ignores how warp groups share the registers
