@@ -97,7 +97,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=512, help="new tokens C at most (default %(default)s)")
     parser.add_argument("--lengths", nargs="+", choices=("fixed", "lognormal"), default=["fixed"])
     parser.add_argument(
-        "--weights", nargs="+", choices=("int4", "bf16", "auto"), default=["int4"], help="rollout_weights of the config"
+        "--weights",
+        nargs="+",
+        choices=("int4", "int8", "bf16", "auto"),
+        default=["int4"],
+        help="rollout_weights of the config",
     )
     parser.add_argument("--layers", nargs="+", choices=("auto", "loop", "unrolled"), default=["auto"])
     parser.add_argument("--compaction", nargs="+", choices=("on", "off"), default=["on"])
@@ -140,7 +144,7 @@ class Case(NamedTuple):
     """One combination of what is compared."""
 
     prompts: int
-    weights: Literal["int4", "bf16", "auto"]
+    weights: Literal["int4", "int8", "bf16", "auto"]
     layers: Literal["auto", "loop", "unrolled"]
     compaction: Literal["on", "off"]
     lengths: Literal["fixed", "lognormal"]
@@ -239,9 +243,9 @@ class Workload:
     def report(self, case: Case, lengths: np.ndarray, seconds: float) -> dict:
         tokens, steps = int(lengths.sum()), int(lengths.max())
         prompts = (case.prompts, self.args.prompt_len)
-        merged = plan_weights(self.model, self.base, self.sampling(case), prompts).merged
-        bound = self.bound(case, lengths, merged, 0 if merged else self.args.lora_rank)
-        int4_bound = self.bound(case, lengths, False, 0)
+        copy = plan_weights(self.model, self.base, self.sampling(case), prompts).copy
+        bound = self.bound(case, lengths, copy, 0 if copy else self.args.lora_rank)
+        int4_bound = self.bound(case, lengths, None, 0)
         return {
             "sequences": lengths.size,
             "tokens": tokens,
@@ -256,10 +260,10 @@ class Workload:
             "int4_fraction": int4_bound and round(int4_bound / seconds, 3),
         }
 
-    def bound(self, case: Case, lengths: np.ndarray, merged: bool, rank: int) -> float | None:
+    def bound(self, case: Case, lengths: np.ndarray, copy: str | None, rank: int) -> float | None:
         """Seconds that bytes and operations of the decode take at least; None on a device that was not measured.
 
-        With a merged copy or the base as it is stored, and an adapter of that rank beside it.
+        With a merged copy of that form or (None) the base as it is stored, and an adapter of that rank beside it.
         """
         bandwidth, tflops = device_speed(self.args)
         if bandwidth is None or tflops is None:
@@ -267,7 +271,7 @@ class Workload:
         config, args = self.config, self.args
         adapter = adapter_parameters(config, rank)
         kv_token = cache_bytes(self.model, dataclasses.replace(self.sampling(case), num_generations=0), (1, 1))
-        weights = step_weight_bytes(self.base, merged_bytes(self.model) if merged else None)
+        weights = step_weight_bytes(self.base, merged_bytes(self.model, copy) if copy else None)
         weights += adapter * jnp.dtype(args.dtype).itemsize
         parameters = linear_parameters(config) + config.vocab_size * config.hidden_size + adapter
         step = np.arange(lengths.max())

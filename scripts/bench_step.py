@@ -70,7 +70,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length-buckets", type=int, nargs="+", help="of the update; several: one after the other")
     parser.add_argument("--prompts-at-once", type=int, help="prompts that are sampled at the same time (default all)")
     parser.add_argument("--kv-cache", choices=("auto", "int8", "fp8"), default="auto", help="of the rollout")
-    parser.add_argument("--rollout-weights", choices=("int4", "bf16", "auto"), default="int4", help="what decodes")
+    parser.add_argument(
+        "--rollout-weights", choices=("int4", "int8", "bf16", "auto"), default="int4", help="what decodes"
+    )
     parser.add_argument("--offload", action="store_true", help="keep the layers' inputs in pinned host memory")
     parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight; above 0: with a reference forward")

@@ -39,7 +39,7 @@ CACHE_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_c
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="qwen2.5-1.5b", help="a shape of scripts/shapes.py (default %(default)s)")
-    parser.add_argument("--weights", choices=("int4", "bf16", "auto"), default="auto", help="rollout_weights")
+    parser.add_argument("--weights", choices=("int4", "int8", "bf16", "auto"), default="auto", help="rollout_weights")
     parser.add_argument("--prompts", type=int, default=8, help="prompts Q (default %(default)s)")
     parser.add_argument("--group", type=int, default=8, help="completions G of each (default %(default)s)")
     parser.add_argument("--prompt-len", type=int, default=256, help="prompt tokens P (default %(default)s)")

@@ -46,8 +46,9 @@ def lower_rollout(
         used = jax.eval_shape(lambda policy: decoded(model, {}, policy, config, (questions, width)), lora)
         base, lora, merged = bound(used, is_bound)
     else:
-        is_merged = plan_weights(model, base, config, (questions, width)).merged
-        merged = bound(jax.eval_shape(lambda *given: merge(model, *given), base, lora), is_bound) if is_merged else None
+        copy = plan_weights(model, base, config, (questions, width)).copy
+        shapes = jax.eval_shape(lambda base, lora: merge(model, base, lora, copy), base, lora) if copy else None
+        merged = bound(shapes, is_bound) if copy else None
     limits, size = row_limits, at_once(config, questions)
     if size < questions:
         keys = batch.row_keys(key, (questions, config.num_generations))

@@ -1,7 +1,8 @@
-"""What a rollout decodes with: the base as stored plus the adapter, or a full-precision copy with the adapter merged in.
+"""What a rollout decodes with: the base as stored plus the adapter, or a copy with the adapter merged in.
 
 Quantized weights are the smaller read, which is what counts with few rows; with many the arithmetic counts, and a
-plain matrix product of 16-bit weights is faster than any kernel that dequantizes, and has no adapter beside it. The copy is
+plain matrix product of 16-bit weights is faster than any kernel that dequantizes, and has no adapter beside it. A copy in 8 bits
+lies between: half the bytes of 16, no adapter, and a rounding that shows in the gap below. The copy is
 made anew for every rollout, because the adapter changed since the last one, and freed after it. Prompts are
 prefilled with the stored weights in either case, and so is the training forward: what the rounding of merged weights
 does to log-probabilities is in the logged gap between sampler and trainer.
@@ -14,6 +15,7 @@ and every resumed run decides alike.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,17 +23,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
+import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
-from jgrpo.quantization import MixedWeight, PackedWeight, dequantize
+from jgrpo.quantization import MixedWeight, PackedWeight, dequantize, quantize_int8
 
 Params = Mapping[str, Any]
 
 MERGED_ROWS = 64
-"""Rows from which auto prefers the merged copy: a third faster at 64 on an H200 (docs/benchmarks.md), more with more rows."""
+"""Rows from which auto prefers a merged copy: on an H200 a tenth to a quarter faster at 64 (docs/benchmarks.md), more with more rows."""
+MANY_ROWS, LARGE_COPY = 128, 4e9
+"""Below so many rows, and from so many bytes of 16-bit weights on, auto takes the copy in 8 bits where its kernel runs. On an H200
+with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead."""
+COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
+"""Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
 MEMORY_SHARE = 0.6
 """Share of the device's memory that base, copy and cache may fill under auto; the update needs the rest."""
 
@@ -40,32 +47,51 @@ MEMORY_SHARE = 0.6
 class WeightsPlan:
     """Which weights a rollout decodes with, and why."""
 
-    merged: bool
+    copy: str | None
+    """The form of the merged copy, "bf16" (the compute dtype) or "int8"; None: the base as stored."""
     reason: str
 
     def __str__(self) -> str:
-        return f"rollout weights: {'merged copy' if self.merged else 'as stored'} ({self.reason})"
+        names = {None: "as stored", "bf16": "merged copy", "int8": "merged copy in 8 bits"}
+        return f"rollout weights: {names[self.copy]} ({self.reason})"
 
 
 def plan_weights(model: Transformer, base: Params, config: RolloutConfig, prompts: tuple[int, int]) -> WeightsPlan:
     """Follow `config.rollout_weights`, or decide; `prompts` is (Q, P)."""
-    if config.rollout_weights != "auto":
-        return WeightsPlan(config.rollout_weights == "bf16", f"rollout_weights: {config.rollout_weights}")
-    sizes = sum(leaf.nbytes for leaf in jax.tree.leaves(base)), merged_bytes(model)
     rows = at_once(config, prompts[0]) * config.num_generations
+    if config.rollout_weights != "auto":
+        copy = None if config.rollout_weights == "int4" else config.rollout_weights
+        slow = copy == "int8" and not has_int8_kernel(model, rows)
+        why = "; no kernel multiplies by it here, so every step dequantizes it" if slow else ""
+        return WeightsPlan(copy, f"rollout_weights: {config.rollout_weights}{why}")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    copies = {form: merged_bytes(model, form) for form in ("bf16", "int8")}
     cache = cache_bytes(model, config, prompts)
-    return choose_weights(rows, *sizes, cache, _device_bytes())
+    return choose_weights(rows, size, copies, cache, _device_bytes(), has_int8_kernel(model, rows))
 
 
-def choose_weights(rows: int, base: int, copy: int, cache: int, device: int | None) -> WeightsPlan:
+def choose_weights(
+    rows: int, base: int, copies: Mapping[str, int], cache: int, device: int | None, int8_kernel: bool = False
+) -> WeightsPlan:
     """auto's rule, on numbers of bytes; `device` is None where the device does not state its memory."""
     if rows < MERGED_ROWS:
-        return WeightsPlan(False, f"auto: {rows} rows, a copy pays from {MERGED_ROWS}")
+        return WeightsPlan(None, f"auto: {rows} rows, a copy pays from {MERGED_ROWS}")
     if device is None:
-        return WeightsPlan(False, "auto: the device does not state its memory")
-    numbers = f"{base / 1e9:.1f} GB base + {copy / 1e9:.1f} GB copy + {cache / 1e9:.1f} GB cache"
-    fits = base + copy + cache <= MEMORY_SHARE * device
-    return WeightsPlan(fits, f"auto: {numbers} {'<=' if fits else '>'} {MEMORY_SHARE:.0%} of {device / 1e9:.1f} GB")
+        return WeightsPlan(None, "auto: the device does not state its memory")
+    few = int8_kernel and rows < MANY_ROWS and copies["bf16"] >= LARGE_COPY
+    form = "int8" if few else "bf16"
+    numbers = f"{base / 1e9:.1f} GB base + {copies[form] / 1e9:.1f} GB copy + {cache / 1e9:.1f} GB cache"
+    fits = base + copies[form] + cache <= MEMORY_SHARE * device
+    reason = f"auto: {numbers} {'<=' if fits else '>'} {MEMORY_SHARE:.0%} of {device / 1e9:.1f} GB"
+    return WeightsPlan(form if fits else None, reason)
+
+
+def has_int8_kernel(model: Transformer, rows: int) -> bool:
+    """Whether this device multiplies that many rows by each of the model's matrices in 8 bits without dequantizing it first."""
+    return all(
+        pallas_kernels.has_int8_kernel(rows, n, k, copy_group(k), model.dtype, SCALE)
+        for n, k in matrix_shapes(model.config).values()
+    )
 
 
 class Decoded(NamedTuple):
@@ -82,15 +108,15 @@ def decoded(
 ) -> Decoded:
     """What to prefill and decode with; `prompts` is (Q, P), `policy` an adapter or a whole model."""
     if WEIGHTS not in policy:
-        merged = merge(model, base, policy) if plan_weights(model, base, config, prompts).merged else None
-        return Decoded(base, policy, merged)
-    weights = policy[WEIGHTS]
+        copy = plan_weights(model, base, config, prompts).copy
+        return Decoded(base, policy, merge(model, base, policy, copy) if copy else None)
+    weights, copy = policy[WEIGHTS], config.rollout_weights
     if not is_wide(model, weights):
-        return Decoded(weights, {}, merge(model, weights, {}) if config.rollout_weights == "bf16" else None)
+        return Decoded(weights, {}, merge(model, weights, {}, copy) if copy in ("bf16", "int8") else None)
     rest = {name: leaf for name, leaf in weights["layers"].items() if name not in matrix_modules(model.config)}
     small = cast({**weights, "layers": rest}, jnp.dtype(model.dtype).name)
     layers = {**weights["layers"], **small["layers"]}
-    return Decoded({**small, "layers": layers}, {}, merge(model, weights, {}))
+    return Decoded({**small, "layers": layers}, {}, merge(model, weights, {}, "int8" if copy == "int8" else "bf16"))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -115,10 +141,19 @@ def is_wide(model: Transformer, weights: Params) -> bool:
     return weights["embed"].dtype != jnp.dtype(model.dtype)
 
 
-def merged_bytes(model: Transformer) -> int:
+def merged_bytes(model: Transformer, copy: str = "bf16") -> int:
     """Size of the copy that `merge` makes."""
     widths = matrix_shapes(model.config).values()
-    return model.config.num_layers * sum(rows * width for rows, width in widths) * jnp.dtype(model.dtype).itemsize
+    if copy == "int8":
+        row_bytes = [(rows, width + width // copy_group(width) * SCALE.itemsize) for rows, width in widths]
+    else:
+        row_bytes = [(rows, width * jnp.dtype(model.dtype).itemsize) for rows, width in widths]
+    return model.config.num_layers * sum(rows * size for rows, size in row_bytes)
+
+
+def copy_group(width: int) -> int:
+    """Inputs that share a scale in a copy of 8 bits: at most 64, a divisor of the width."""
+    return math.gcd(width, COPY_GROUP)
 
 
 def fused_bytes(model: Transformer) -> int:
@@ -153,21 +188,23 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def merge(model: Transformer, base: Params, lora: Params) -> dict[str, tuple[Float[Array, "N K"], ...]]:
-    """W + scale · B A of every matrix in the compute dtype, one array for each layer.
+def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16") -> dict[str, Any]:
+    """W + scale · B A of every matrix, as one array `[N, K]` in the compute dtype for each layer, or ("int8") in 8 bits a weight.
 
     Made a matrix at a time: beside the result there is never more than one matrix in float32.
     """
-    adapter = _fused(model, lora)
+    adapter, layers = _fused(model, lora), range(model.config.num_layers)
+    dtype = jnp.dtype(model.dtype).name
 
-    def layers(name: str) -> tuple[Array, ...]:
-        weight = base["layers"][name]
-        return tuple(
-            _merge_one(*_stack_and_index(weight, layer), adapter.get(name), layer, dtype=jnp.dtype(model.dtype).name)
-            for layer in range(model.config.num_layers)
-        )
+    def one(name: str, layer: int) -> Any:
+        stack, index = _stack_and_index(base["layers"][name], layer)
+        return _merge_one(stack, index, adapter.get(name), layer, copy=copy, dtype=dtype)
 
-    return {name: layers(name) for name in matrix_modules(model.config)}
+    copies = {name: tuple(one(name, layer) for layer in layers) for name in matrix_modules(model.config)}
+    if copy != "int8":
+        return copies
+    where = tuple((layer, 0) for layer in layers)  # every part is a stack of one layer
+    return {name: MixedWeight(parts, where) for name, parts in copies.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -182,14 +219,21 @@ def _stack_and_index(weight: Any, layer: int) -> tuple[Any, int]:
     return weight, layer
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def _merge_one(stack: Any, index: Array, adapter: tuple[Array, Array] | None, layer: Array, *, dtype: str) -> Array:
+@functools.partial(jax.jit, static_argnames=("copy", "dtype"))
+def _merge_one(
+    stack: Any, index: Array, adapter: tuple[Array, Array] | None, layer: Array, *, copy: str, dtype: str
+) -> Any:
     weight = jax.tree.map(lambda leaf: leaf[index], stack)
     wide = dequantize(weight, jnp.float32) if isinstance(weight, PackedWeight) else weight.astype(jnp.float32)
     if adapter is not None:
-        a, b = adapter
-        wide = wide + jnp.matmul(b[layer], a[layer], precision=jax.lax.Precision.HIGHEST)
-    return wide.astype(dtype)
+        a, b = (factor[layer] for factor in adapter)
+        if (
+            copy == "int8"
+        ):  # its own rounding is far coarser than that of a product in the compute dtype, which takes half the time
+            wide = wide + jnp.matmul(b.astype(dtype), a.astype(dtype)).astype(jnp.float32)
+        else:
+            wide = wide + jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+    return quantize_int8(wide[None], copy_group(wide.shape[-1]), SCALE) if copy == "int8" else wide.astype(dtype)
 
 
 def decoding_variables(model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool) -> Params:

@@ -236,8 +236,8 @@ def _decoding_bytes(config: TrainConfig, model: Transformer) -> int:
     """Bytes of what decodes beside the base or the trained weights."""
     if config.lora.is_full and jnp.dtype(model.dtype).itemsize < 4:
         return base_bytes(config, model.config, model.dtype)
-    if config.rollout.rollout_weights == "bf16":
-        return merged_bytes(model)
+    if (copy := config.rollout.rollout_weights) in ("bf16", "int8"):
+        return merged_bytes(model, copy)
     return 0 if config.lora.is_full else fused_bytes(model)
 
 

@@ -1,4 +1,4 @@
-"""Compile the rollout for an H200 on a machine without one: `python -m tests.rollout.gpu_program int4|bf16`.
+"""Compile the rollout for an H200 on a machine without one: `python -m tests.rollout.gpu_program int4|int8|bf16`.
 
 Prints XLA's optimized program. The shapes are Qwen2.5-1.5B's with two layers and a small vocabulary, 64 rows. Run apart from the
 tests, because it needs the packages of the GPU extra, Triton's compiler and a process that takes itself for a GPU's.
@@ -20,7 +20,7 @@ from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Prompts, rollout_program
-from jgrpo.rollout.weights import matrix_shapes
+from jgrpo.rollout.weights import merge
 from pallas_kernels import dispatch
 
 LAYERS, QUESTIONS, GROUP, PROMPT, TOKENS = 2, 8, 8, 256, 512
@@ -48,7 +48,7 @@ def program(weights: str) -> str:
     """The optimized program of `rollout_program` with the base as stored, or with a merged copy."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver to ask for its version
     jax.default_backend = lambda: "gpu"
-    dispatch.current_device = lambda: dispatch.Device("gpu", (9, 0), True, "NVIDIA H200")
+    dispatch.current_device = lambda: dispatch.Device("gpu", (9, 0), True, "NVIDIA H200", True)
     lora_config = LoraConfig(lora_rank=32)
     model = Transformer(CONFIG, lora_config, jnp.bfloat16)
     base = jax.tree_util.tree_map_with_path(quantized, base_shapes(CONFIG, jnp.bfloat16))
@@ -56,11 +56,9 @@ def program(weights: str) -> str:
     prompts = Prompts(
         jax.ShapeDtypeStruct((QUESTIONS, PROMPT), jnp.int32), jax.ShapeDtypeStruct((QUESTIONS,), jnp.int32)
     )
-    copy = {
-        name: (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * LAYERS for name, shape in matrix_shapes(CONFIG).items()
-    }
+    copy = None if weights == "int4" else jax.eval_shape(lambda *given: merge(model, *given, weights), base, lora)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    inputs = (base, lora, prompts, key, copy if weights == "bf16" else None)
+    inputs = (base, lora, prompts, key, copy)
     sharding = h200()
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
     base, lora, prompts, key, merged = inputs

@@ -9,8 +9,8 @@ import pytest
 
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import module_delta
-from jgrpo.quantization import dequantize
-from jgrpo.rollout import Prompts, generate
+from jgrpo.quantization import dequantize, take_layer
+from jgrpo.rollout import Prompts, generate, weights
 from jgrpo.rollout.weights import cache_bytes, choose_weights, merge, merged_bytes, plan_weights
 from tests.rollout.conftest import MATRICES, Policy
 
@@ -56,17 +56,64 @@ def test_the_copy_is_in_the_compute_dtype_and_without_an_adapter_the_base(int4_p
     np.testing.assert_array_equal(np.stack(merged["down"]), np.asarray(want))
 
 
+def test_the_copy_in_eight_bits_is_the_merged_matrix_within_half_a_step(policy: Policy) -> None:
+    merged, coded = merge(*policy), merge(*policy, "int8")
+    assert set(coded) == set(merged)
+    assert merged_bytes(policy.model, "int8") == sum(leaf.nbytes for leaf in jax.tree.leaves(coded))
+    for name, weight in coded.items():
+        for layer, exact in enumerate(merged[name]):
+            own = take_layer(weight, layer)
+            steps = np.repeat(np.asarray(own.scales, np.float32), own.group_size, axis=1)
+            # Half a step, and what the scale's own rounding to bfloat16 cuts off the largest elements.
+            limit = steps * (0.5 + 127 * 2.0**-8)
+            assert (np.abs(np.asarray(dequantize(own)) - np.asarray(exact)) <= limit).all()
+            error = np.asarray(dequantize(own)) - np.asarray(exact)
+            assert np.sqrt(np.mean(error**2)) < 0.01 * np.sqrt(np.mean(np.asarray(exact) ** 2))
+
+
+@pytest.mark.parametrize("layers", ["loop", "unrolled"])
+def test_rollouts_from_the_copy_in_eight_bits_follow_its_matrices(
+    policy: Policy, prompts: Prompts, layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of a 16-bit copy with the same elements."""
+    how = dict(eos_ids=(5,), pad_id=0)
+    config = dataclasses.replace(CONFIG, rollout_weights="int8", decode_layers=layers)
+    coded = generate(*policy, prompts, jax.random.key(2), config, **how)
+
+    def dequantized(model, base, lora, _copy):
+        coded = merge(model, base, lora, "int8")
+        return {name: tuple(dequantize(take_layer(part, 0)) for part in weight.parts) for name, weight in coded.items()}
+
+    monkeypatch.setattr(weights, "merge", dequantized)
+    config = dataclasses.replace(CONFIG, rollout_weights="bf16", decode_layers="unrolled")
+    wide = generate(*policy, prompts, jax.random.key(2), config, **how)
+    np.testing.assert_array_equal(coded.completion_tokens, wide.completion_tokens)
+    np.testing.assert_allclose(coded.logprobs, wide.logprobs, atol=1e-4)
+    monkeypatch.undo()
+    exact = generate(*policy, prompts, jax.random.key(2), config, **how)
+    assert np.abs(np.asarray(exact.logprobs - coded.logprobs)).max() > 1e-4  # the copies do differ
+
+
 def test_auto_takes_the_copy_with_many_rows_and_room(int4_policy: Policy) -> None:
-    assert choose_weights(512, 10, 20, 30, 100).merged
-    assert not choose_weights(512, 11, 20, 30, 100).merged
-    assert choose_weights(64, 10, 20, 30, 100).merged
-    assert not choose_weights(63, 10, 20, 30, 100).merged
-    assert not choose_weights(512, 10, 20, 30, None).merged
-    reason = str(choose_weights(512, 2 * 10**9, 3 * 10**9, 10**9, 8 * 10**9))
+    assert choose_weights(512, 10, {"bf16": 20, "int8": 10}, 30, 100).copy == "bf16"
+    assert choose_weights(512, 11, {"bf16": 20, "int8": 10}, 30, 100).copy is None
+    assert choose_weights(64, 10, {"bf16": 20, "int8": 10}, 30, 100).copy == "bf16"
+    assert choose_weights(63, 10, {"bf16": 20, "int8": 10}, 30, 100).copy is None
+    assert choose_weights(512, 10, {"bf16": 20, "int8": 10}, 30, None).copy is None
+    reason = str(choose_weights(512, 2 * 10**9, {"bf16": 3 * 10**9, "int8": 0}, 10**9, 8 * 10**9))
     assert reason == "rollout weights: as stored (auto: 2.0 GB base + 3.0 GB copy + 1.0 GB cache > 60% of 8.0 GB)"
-    for setting, merged in [("int4", False), ("bf16", True), ("auto", False)]:
+    large = {"bf16": 6 * 10**9, "int8": 3 * 10**9}
+    assert choose_weights(64, 0, large, 0, 10**11, int8_kernel=True).copy == "int8"
+    assert choose_weights(127, 0, large, 0, 5 * 10**9, int8_kernel=True).copy == "int8"
+    assert choose_weights(127, 0, large, 0, 49 * 10**8, int8_kernel=True).copy is None
+    assert choose_weights(128, 0, large, 0, 10**11, int8_kernel=True).copy == "bf16"
+    assert choose_weights(64, 0, large, 0, 10**11, int8_kernel=False).copy == "bf16"
+    assert choose_weights(64, 0, {"bf16": 3 * 10**9, "int8": 2 * 10**9}, 0, 10**11, int8_kernel=True).copy == "bf16"
+    for setting, copy in [("int4", None), ("int8", "int8"), ("bf16", "bf16"), ("auto", None)]:
         config = dataclasses.replace(CONFIG, rollout_weights=setting)
-        assert plan_weights(int4_policy.model, int4_policy.base, config, (5, 12)).merged == merged
+        plan = plan_weights(int4_policy.model, int4_policy.base, config, (5, 12))
+        assert plan.copy == copy
+        assert ("no kernel" in plan.reason) == (setting == "int8")  # on a CPU
 
 
 def test_cache_bytes_is_what_the_cache_takes(policy: Policy) -> None:
@@ -77,7 +124,7 @@ def test_cache_bytes_is_what_the_cache_takes(policy: Policy) -> None:
     assert cache_bytes(policy.model, coded, (5, 12)) == 3 * 2 * 2 * 20 * 5 * (12 + 2 * 12)
 
 
-@pytest.mark.parametrize("weights", ["int4", "bf16"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "bf16"])
 def test_a_second_rollout_compiles_nothing(int4_policy: Policy, prompts: Prompts, weights: str) -> None:
     """A run draws thousands; the adapter, the prompts and the key are others every time, their shapes are not."""
     config = dataclasses.replace(CONFIG, rollout_weights=weights)
