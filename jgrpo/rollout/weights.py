@@ -131,8 +131,9 @@ def describe_weights(
     """What the user is told of it before the run."""
     if WEIGHTS not in policy:
         return str(plan_weights(model, base, config, prompts))
-    copied = is_wide(model, policy[WEIGHTS])
-    how = f", copied to {jnp.dtype(model.dtype).name} for each rollout" if copied else ""
+    form = "8 bits" if config.rollout_weights == "int8" else jnp.dtype(model.dtype).name
+    copied = config.rollout_weights == "int8" or is_wide(model, policy[WEIGHTS])
+    how = f", copied to {form} for each rollout" if copied else ""
     return f"rollout weights: those that are trained{how}"
 
 

@@ -35,7 +35,11 @@ def figures(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"algorithm": "ppo", "rollout_weights": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"algorithm": "ppo", "rollout_weights": "bf16"}, {"rollout_weights": "int8", "kv_cache": "int8"}],
+    ids=str,
+)
 def test_the_steps_use_the_programs_that_were_checked(tiny_run, tmp_path, figures, monkeypatch, changes):
     checked = compilations(configured(tiny_run, tmp_path / "checked", **changes))
     assert len(figures) == 1

@@ -43,6 +43,13 @@ def test_gap_above_the_tolerance(gap):
     check_same_policy("bfloat16", 0.01, 0.0)
 
 
+def test_a_sampler_in_eight_bits_may_be_further_from_the_trainer_but_not_from_the_base():
+    check_same_policy("float32", 0.01, 0.0, eight_bits=True)
+    for sampler, base in [(0.06, 0.0), (np.nan, 0.0), (0.0, 0.01)]:
+        with pytest.raises(PolicyMismatch):
+            check_same_policy("float32", sampler, base, eight_bits=True)
+
+
 def test_too_many_nonfinite_updates_abort():
     check_finite(4, 5, step=9)
     with pytest.raises(UserError, match="5 updates in a row"):
