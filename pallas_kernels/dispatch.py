@@ -18,8 +18,8 @@ TRITON = "triton"
 DEQUANTIZE = "dequantize"
 
 INT4_MATMUL_GROUPS = (32, 64, 128)
-MOSAIC_JAX = (0, 11, 2)
-"""The jax that the Mosaic GPU kernel was written for; its API changes with every release."""
+MOSAIC_JAX = (0, 11, 2), (0, 12)
+"""The first jax that the Mosaic GPU kernel runs with, and the first that it was not tried with: that API changes with every release."""
 ATTENTION_HEAD_DIMS = (64, 128, 256)
 _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
@@ -49,7 +49,7 @@ def current_device() -> Device:
             "is several times slower in rollouts. Install jax-triton to use them.",
             stacklevel=2,
         )
-    has_mosaic = jax.__version_info__ >= MOSAIC_JAX
+    has_mosaic = MOSAIC_JAX[0] <= jax.__version_info__ < MOSAIC_JAX[1]
     return Device("gpu", (major, minor), has_triton, device.device_kind, has_mosaic)
 
 
@@ -84,7 +84,7 @@ def mosaic_problem(device: Device, dtype, scales_dtype, group: int) -> str | Non
     if device.capability is None or device.capability[0] != 9:
         return f"it is written for compute capability 9, this GPU has {device.capability}"
     if not device.has_mosaic:
-        return f"it needs jax >= {'.'.join(map(str, MOSAIC_JAX))}"
+        return "it needs jax >= {}, < {}".format(*(".".join(map(str, version)) for version in MOSAIC_JAX))
     if not jnp.dtype(dtype) == jnp.dtype(scales_dtype) == jnp.bfloat16:
         return f"it needs bfloat16 rows and scales, got {jnp.dtype(dtype).name} and {jnp.dtype(scales_dtype).name}"
     return None

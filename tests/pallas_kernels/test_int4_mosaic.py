@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import dispatch
 
-if jax.__version_info__ < dispatch.MOSAIC_JAX:
+if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
     pytest.skip("needs the jax of Mosaic's interpreter", allow_module_level=True)
 
 from pallas_kernels import int4_matmul_mosaic, tuning
