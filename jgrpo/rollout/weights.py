@@ -228,9 +228,7 @@ def _merge_one(
     wide = dequantize(weight, jnp.float32) if isinstance(weight, PackedWeight) else weight.astype(jnp.float32)
     if adapter is not None:
         a, b = (factor[layer] for factor in adapter)
-        if (
-            copy == "int8"
-        ):  # its own rounding is far coarser than that of a product in the compute dtype, which takes half the time
+        if copy == "int8":  # whose own rounding is far coarser than a product's in the compute dtype
             wide = wide + jnp.matmul(b.astype(dtype), a.astype(dtype)).astype(jnp.float32)
         else:
             wide = wide + jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
