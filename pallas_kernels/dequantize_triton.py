@@ -23,6 +23,9 @@ def _levels(codes, table_ptr, CODE: tl.constexpr):
         return tl.load(table_ptr + codes)
     elif CODE == "int4":
         return codes.to(tl.float32) - 8.0
+    elif CODE == "fast8":
+        byte = codes.to(tl.float32)
+        return tl.where(byte < 128, byte - 128, 2 * byte - 256)
     else:
         return codes.to(tl.float32)
 
@@ -46,7 +49,7 @@ def dequantize_kernel(
     BYTES: tl.constexpr,
 ):
     """[ROWS, BYTES] of the packed matrix; grid (row blocks, WIDTH / BYTES). The first column also copies the tail."""
-    PER: tl.constexpr = 1 if CODE == "int8" else 2
+    PER: tl.constexpr = 1 if CODE == "int8" or CODE == "fast8" else 2
     layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < N

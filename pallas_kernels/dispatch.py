@@ -33,6 +33,7 @@ class Device:
     has_triton: bool = False
     name: str = ""
     has_mosaic: bool = False
+    multiprocessors: int = 0
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def current_device() -> Device:
             stacklevel=2,
         )
     has_mosaic = MOSAIC_JAX[0] <= jax.__version_info__ < MOSAIC_JAX[1]
-    return Device("gpu", (major, minor), has_triton, device.device_kind, has_mosaic)
+    return Device("gpu", (major, minor), has_triton, device.device_kind, has_mosaic, device.core_count)
 
 
 def _triton_problem(device: Device, dtype) -> str | None:
@@ -88,6 +89,17 @@ def mosaic_problem(device: Device, dtype, scales_dtype, group: int) -> str | Non
     if not jnp.dtype(dtype) == jnp.dtype(scales_dtype) == jnp.bfloat16:
         return f"it needs bfloat16 rows and scales, got {jnp.dtype(dtype).name} and {jnp.dtype(scales_dtype).name}"
     return None
+
+
+LAYER_ROWS = 64
+"""Rows up to which a decode step's layer is one kernel: those of a tile whose sums four warp groups hold."""
+
+
+def decode_layer_problem(device: Device, dtype, scales_dtype, m: int) -> str | None:
+    """Why what a layer does between two attentions cannot be one kernel; None when it can. `tuning.decode_layer_configs` knows its shapes."""
+    if problem := mosaic_problem(device, dtype, scales_dtype, 64):
+        return problem
+    return f"it has no more than {LAYER_ROWS} rows, got {m}" if m > LAYER_ROWS else None
 
 
 # Rows above which dequantizing the layer and calling cuBLAS is taken. On an H200 the fused kernel still wins by 1.3 to

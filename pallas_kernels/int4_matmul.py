@@ -40,7 +40,7 @@ def int4_matmul(
       lora_b: one layer's [N, R] also when `packed` is a stack, or a stack [L, N, R].
       out_dtype: x's dtype by default. Accumulation is float32.
       implementation: "reference", "triton", or None for the rule in `dispatch.py`.
-      code: "int4" (symmetric), "nf4" or "int8"; see `codes.py`.
+      code: "int4" (symmetric), "nf4", "int8" or "fast8"; see `codes.py`.
 
     Raises:
       ValueError: shapes do not fit, or the named implementation cannot run here.
@@ -78,7 +78,7 @@ def int4_partial_sums(
         raise ValueError(f"int4_partial_sums: permuted rows must be {x.shape}, got {rows.permuted.shape}")
     layer = layer if layer is None or isinstance(layer, int) else jnp.asarray(layer, jnp.int32)
     config = None
-    if code == "int8" and implementation is None:
+    if PER_BYTE[code] == 1 and implementation is None:
         n, k = packed.shape[-2:]
         config = _int8_config(x.shape[0], n, k, reference.group_size(packed, scales, code), x.dtype, scales.dtype)
     if config is not None:
@@ -101,7 +101,7 @@ def reads_permuted(
 ) -> bool:
     """Whether the product with these weights reads its M rows with permuted columns, on this device."""
     group, (n, k) = reference.group_size(packed, scales, code), (packed.shape[-2], PER_BYTE[code] * packed.shape[-1])
-    if code == "int8":
+    if PER_BYTE[code] == 1:
         return has_int8_kernel(m, n, k, group, dtype, scales.dtype)
     if dispatch.int4_matmul_rule(dispatch.current_device(), dtype, m, k, group, code) != dispatch.TRITON:
         return False

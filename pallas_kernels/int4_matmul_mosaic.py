@@ -18,6 +18,7 @@ left operand from shared memory.
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,18 +37,11 @@ COPY_REGISTERS = {2: 40, 4: 24}
 """Registers of a thread that copies, by the number of warp groups that multiply; theirs are `MULTIPLY_REGISTERS`."""
 MULTIPLY_REGISTERS = {2: 232, 4: 112}
 
-_SCALES_READ = 8
+SCALES_READ = 8
 """Scales of a row that one copy brings: 16 bytes, the least, from an address that 16 divides."""
 
 
-def _columns_in_flight(block_m: int, groups: int) -> int:
-    """K that a warp group dequantizes before it waits for the tensor core: what its registers hold beside the sums."""
-    if groups == 2:
-        return 256
-    return 256 if block_m <= 32 else 128 if block_m <= 64 else 64
-
-
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What is known of a launch before it runs."""
 
     config: tuning.Int4Config
@@ -58,6 +52,8 @@ class _Plan(NamedTuple):
     rank: int
     b_stacked: bool
     interpret: bool
+    scales_by_group: bool = False
+    """Whether scales are [K/G, N]: a block's are then read once, and by neighbouring threads from neighbouring places."""
 
     @property
     def warpgroups(self) -> int:
@@ -79,8 +75,20 @@ class _Plan(NamedTuple):
         return index * self.steps // self.config.split_k, (index + 1) * self.steps // self.config.split_k
 
 
+class Ring(NamedTuple):
+    """Slots in shared memory that are filled with blocks and multiplied, and their barriers."""
+
+    x: Any
+    packed: Any
+    scales: Any
+    full: Any
+    empty: Any
+    left: Any
+    """Of the interpreter: where a warp group puts its left operand; None on a GPU."""
+
+
 class _Refs(NamedTuple):
-    """Arrays in device memory, then what the warp groups of a program share: the ring, its barriers, the adapter's x A^T."""
+    """Arrays in device memory, then what the warp groups of a program share."""
 
     x: Any
     packed: Any
@@ -89,15 +97,12 @@ class _Refs(NamedTuple):
     xa: Any
     b: Any
     out: Any
-    x_ring: Any
-    packed_ring: Any
-    scales_ring: Any
-    full: Any
-    empty: Any
+    ring: Ring
     adapter: dict
+    """Its x A^T in shared memory and the barrier that says so, or nothing."""
 
 
-def _copy_blocks(plan: _Plan, refs: _Refs) -> None:
+def _copy_blocks(plan: Plan, refs: _Refs) -> None:
     """Fill the ring, a slot as soon as all who multiply have read it."""
     config, layer = plan.config, refs.layer[0]
     first, last = plan.split(lax.axis_index("split"))
@@ -110,22 +115,22 @@ def _copy_blocks(plan: _Plan, refs: _Refs) -> None:
 
         @pl.when(step - first >= config.stages)
         def _():
-            plgpu.barrier_wait(refs.empty.at[slot])
+            plgpu.barrier_wait(refs.ring.empty.at[slot])
 
         def copy(source, ring):
-            plgpu.copy_gmem_to_smem(source, ring.at[slot], refs.full.at[slot])
+            plgpu.copy_gmem_to_smem(source, ring.at[slot], refs.ring.full.at[slot])
 
-        copy(refs.packed.at[layer, rows_n, pl.ds(step * plan.block_bytes, plan.block_bytes)], refs.packed_ring)
-        scales = pl.ds(step * plan.groups // _SCALES_READ * _SCALES_READ, _SCALES_READ)
-        copy(refs.scales.at[layer, rows_n, scales], refs.scales_ring)
-        copy(refs.x.at[rows_m, pl.ds(step * config.block_k, config.block_k)], refs.x_ring)
+        copy(refs.packed.at[layer, rows_n, pl.ds(step * plan.block_bytes, plan.block_bytes)], refs.ring.packed)
+        scales = pl.ds(step * plan.groups // SCALES_READ * SCALES_READ, SCALES_READ)
+        copy(refs.scales.at[layer, rows_n, scales], refs.ring.scales)
+        copy(refs.x.at[rows_m, pl.ds(step * config.block_k, config.block_k)], refs.ring.x)
 
     @pl.loop(jnp.maximum(first, last - config.stages), last)
     def _(step):
-        plgpu.barrier_wait(refs.empty.at[lax.rem(step - first, config.stages)])
+        plgpu.barrier_wait(refs.ring.empty.at[lax.rem(step - first, config.stages)])
 
 
-def _multiply_blocks(plan: _Plan, refs: _Refs) -> None:
+def _multiply_blocks(plan: Plan, refs: _Refs) -> None:
     """Sums of a warp group's 64 rows of weights over its K split, and the adapter's product in the first one."""
     config, split, own = plan.config, lax.axis_index("split"), lax.axis_index("warpgroup")
     rows_m = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
@@ -141,12 +146,7 @@ def _multiply_blocks(plan: _Plan, refs: _Refs) -> None:
     def all_blocks(sums):
         first, last = plan.split(split)
 
-        @pl.loop(first, last)
-        def _(step):
-            slot = lax.rem(step - first, config.stages)
-            plgpu.barrier_wait(refs.full.at[slot])
-            _multiply_block(plan, refs, sums, step, slot, pl.ds(own * ROWS, ROWS))
-            plgpu.barrier_arrive(refs.empty.at[slot])
+        multiply_blocks(plan, refs.ring, sums, first, last, 0)
 
         @has_adapter
         def _():
@@ -160,60 +160,94 @@ def _multiply_blocks(plan: _Plan, refs: _Refs) -> None:
     refs.out.at[split, rows_m, rows_n].T[...] = sums
 
 
-def _multiply_block(plan: _Plan, refs: _Refs, sums, step, slot, own) -> None:
-    """Add the product of a block: the rows `own` of its weights, dequantized a group at a time."""
-    group_bytes = plan.group // PER_BYTE[plan.code]
+def _columns_in_flight(block_m: int, groups: int) -> int:
+    """K that a warp group dequantizes before it waits for the tensor core: what its registers hold beside the sums."""
+    if groups == 2:
+        return 256
+    return 256 if block_m <= 32 else 128 if block_m <= 64 else 64
+
+
+def multiply_blocks(plan: Plan, ring: Ring, sums, first, last, used) -> None:
+    """Add the products of blocks `first` to `last`, the warp group's rows of their weights; `used` of the ring were before.
+
+    The tensor core ends a block before the next one is dequantized: what it still reads in registers, the compiler protects within
+    an iteration and not in the next (weights of one group a block came out wrong on an H200).
+    """
     wait_every = max(1, _columns_in_flight(plan.config.block_m, plan.warpgroups) // plan.group)
-    words = plgpu.load(refs.packed_ring.at[slot, own], layout=plgpu.Layout.WGMMA_8BIT)
+
+    @pl.loop(first, last)
+    def _(step):
+        slot = lax.rem(used + step - first, plan.config.stages)
+        plgpu.barrier_wait(ring.full.at[slot])
+        for index, weights in enumerate(_dequantized_groups(plan, ring, step, slot)):
+            _add_product(ring, sums, weights, ring.x.at[slot, :, pl.ds(index * plan.group, plan.group)])
+            if (index + 1) % wait_every == 0 or index + 1 == plan.groups:
+                plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(ring.empty.at[slot])
+
+
+def _dequantized_groups(plan: Plan, ring: Ring, step, slot) -> Iterator[Any]:
+    own = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+    group_bytes = plan.group // PER_BYTE[plan.code]
+    words = plgpu.load(ring.packed.at[slot, own], layout=plgpu.Layout.WGMMA_8BIT)
     for index in range(plan.groups):
-        scale = refs.scales_ring.at[slot, own, lax.rem(step * plan.groups, _SCALES_READ) + index]
+        if plan.scales_by_group:
+            scale = ring.scales.at[slot, index, own]
+        else:
+            scale = ring.scales.at[slot, own, lax.rem(step * plan.groups, SCALES_READ) + index]
         scale = plgpu.load(scale, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        packed = words[:, index * group_bytes : (index + 1) * group_bytes]
-        weights = dequantize(packed, scale, plan.code, plan.interpret)
-        _add_product(plan, refs, sums, weights, refs.x_ring.at[slot, :, pl.ds(index * plan.group, plan.group)])
-        if (index + 1) % wait_every == 0 or index + 1 == plan.groups:
-            plgpu.wgmma_wait(0)
+        yield dequantize(words[:, index * group_bytes : (index + 1) * group_bytes], scale, plan.code, plan.interpret)
 
 
-def _add_adapter(plan: _Plan, refs: _Refs, sums, rows_n) -> None:
+def _add_adapter(plan: Plan, refs: _Refs, sums, rows_n) -> None:
     """Add B's rows times x A^T, as many columns at a time as a tile has."""
     layer, width = refs.layer[0] if plan.b_stacked else 0, swizzle_bytes(plan.rank) // 2
     for column in range(0, plan.rank, width):
         tile = pl.ds(column, width)
         b = plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False)
-        _add_product(plan, refs, sums, b, refs.adapter["xa"].at[:, tile])
+        _add_product(refs.ring, sums, b, refs.adapter["xa"].at[:, tile])
         plgpu.wgmma_wait(0)
 
 
-def _add_product(plan: _Plan, refs: _Refs, sums, left, right) -> None:
+def _add_product(ring: Ring, sums, left, right) -> None:
     """sums += left @ right^T, begun but not awaited; `left` is in registers."""
-    if plan.interpret:
-        shared = refs.adapter["left"].at[lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
+    if ring.left is not None:
+        shared = ring.left.at[lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
         shared[...] = left
         plgpu.commit_smem()
         left = shared
     plgpu.wgmma(sums, left, right.T)
 
 
-def _shared_memory(plan: _Plan, x, packed, scales) -> tuple:
-    """What `_Refs` has beside arrays in device memory."""
-    config, adapter = plan.config, {}
-    if plan.rank:
-        adapter["xa"] = plgpu.SMEM((config.block_m, plan.rank), x.dtype, transforms=tiled(swizzle_bytes(plan.rank), 2))
-        adapter["ready"] = plgpu.Barrier(num_arrivals=plan.warpgroups)
+def ring_memory(plan: Plan, x_dtype, packed_dtype, scales_dtype) -> Ring:
+    """What `Ring` has."""
+    config = plan.config
+    stages, left = config.stages, None
+    scales = (plan.groups, config.block_n) if plan.scales_by_group else (config.block_n, SCALES_READ)
     if plan.interpret:
-        width = max(plan.group, plan.rank)
-        transforms = tiled(swizzle_bytes(plan.rank or plan.group), 2)
-        adapter["left"] = plgpu.SMEM((plan.warpgroups, ROWS, width), x.dtype, transforms=transforms)
-    stages, bytes_tile = config.stages, tiled(min(plan.block_bytes, 128), 1)
-    return (
-        plgpu.SMEM((stages, config.block_m, config.block_k), x.dtype, transforms=tiled(128, 2)),
-        plgpu.SMEM((stages, config.block_n, plan.block_bytes), packed.dtype, transforms=bytes_tile),
-        plgpu.SMEM((stages, config.block_n, _SCALES_READ), scales.dtype),
+        width, transforms = max(plan.group, plan.rank), tiled(swizzle_bytes(plan.rank or plan.group), 2)
+        left = plgpu.SMEM((plan.warpgroups, ROWS, width), x_dtype, transforms=transforms)
+    return Ring(
+        plgpu.SMEM((stages, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2)),
+        plgpu.SMEM(
+            (stages, config.block_n, plan.block_bytes), packed_dtype, transforms=tiled(min(plan.block_bytes, 128), 1)
+        ),
+        plgpu.SMEM((stages, *scales), scales_dtype),
         plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=stages),
-        adapter,
+        left,
     )
+
+
+def _adapter_memory(plan: Plan, dtype) -> dict:
+    """What `_Refs.adapter` has."""
+    if not plan.rank:
+        return {}
+    shape = (plan.config.block_m, plan.rank)
+    return {
+        "xa": plgpu.SMEM(shape, dtype, transforms=tiled(swizzle_bytes(plan.rank), 2)),
+        "ready": plgpu.Barrier(num_arrivals=plan.warpgroups),
+    }
 
 
 @partial(jax.jit, static_argnames=("group", "code", "config", "out_dtype", "interpret"))
@@ -225,7 +259,7 @@ def _launch(
     x [M, K] permuted, packed [L, N, K/2 or K], scales [L, N, K/G or more], layer int32 [1], xa [P, M, R] and lora_b [L or 1, N, R].
     """
     (m, k), n, rank = x.shape, packed.shape[1], 0 if xa is None else xa.shape[-1]
-    plan = _Plan(config, k // config.block_k, group, code, rank, bool(rank) and lora_b.shape[0] > 1, interpret)
+    plan = Plan(config, k // config.block_k, group, code, rank, bool(rank) and lora_b.shape[0] > 1, interpret)
 
     def kernel(*refs):
         arrays, rest = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
@@ -248,7 +282,7 @@ def _launch(
         grid_names=("m", "n", "split"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=_shared_memory(plan, x, packed, scales),
+        scratch_types=(ring_memory(plan, x.dtype, packed.dtype, scales.dtype), _adapter_memory(plan, x.dtype)),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -284,7 +318,7 @@ def partial_sums(
         rank = _whole_rank(xa.shape[-1])
         xa, lora_b = (_padded(a, a.ndim - 1, rank) for a in (xa, lora_b))
         xa, lora_b = _padded(xa, 1, rows), lora_b.astype(permuted.dtype)
-    group, read = group_size(packed, scales, code), math.ceil(scales.shape[-1] / _SCALES_READ) * _SCALES_READ
+    group, read = group_size(packed, scales, code), math.ceil(scales.shape[-1] / SCALES_READ) * SCALES_READ
     # Whole sixteens of bytes: a copy where K / G is no multiple of 8, for 8,960 inputs and 1,536 outputs 0.4 of 7 MB.
     scales = _padded(scales, 2, read)
     layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)

@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.codes import PER_BYTE
+from pallas_kernels.codes import PER_BYTE, fast8_levels
 
 ROWS = 64
 """Rows of weights that one warp group multiplies: the tensor core's smallest left operand."""
@@ -28,6 +28,16 @@ add.rn.bf16x2 a, a, c;
 add.rn.bf16x2 b, b, d;
 mul.rn.bf16x2 $0, a, $3;
 mul.rn.bf16x2 $1, b, $3;
+}"""
+# A register of four bytes -> two pairs of (byte as the low half of 0x43nn, less 256) * scale, rounded once.
+_FAST8_PAIRS = """{
+.reg .b32 a, b, center;
+mov.b32 center, 0xc380c380;
+mul.rn.bf16x2 center, $3, center;
+prmt.b32 a, $2, 0x43434343, 0x4140;
+prmt.b32 b, $2, 0x43434343, 0x4342;
+fma.rn.bf16x2 $0, a, $3, center;
+fma.rn.bf16x2 $1, b, $3, center;
 }"""
 # A register of four bytes -> four pairs of (nibble - 8) * scale: 0x43nn is 128 + n, 136 is subtracted, both exact.
 _INT4_PAIRS = """{
@@ -57,7 +67,10 @@ def dequantize(packed, scale, code: str, interpret: bool):
     group = per_byte * packed.shape[1]
     if interpret:
         nibbles = [(packed & 0xF).astype(jnp.int32) - 8, (packed >> 4).astype(jnp.int32) - 8]
-        levels = packed if code == "int8" else jnp.concatenate(nibbles, axis=1)
+        if code == "fast8":
+            levels = fast8_levels(packed, jnp)
+        else:
+            levels = packed if code == "int8" else jnp.concatenate(nibbles, axis=1)
         weights = levels.astype(scale.dtype) * scale[:, None]
         return weights.reshape(ROWS, -1, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(ROWS, group)
 
@@ -74,7 +87,7 @@ def dequantize(packed, scale, code: str, interpret: bool):
         # Nibble, block, columns (2t, 2t+1) or 8 further, row or 8 further.
         fragments = np.empty((per_byte, blocks, 2, 2), dtype=object)
         several = llvm.StructType.get_literal([word] * 2 * per_byte)
-        code_of = _INT8_PAIRS if code == "int8" else _INT4_PAIRS
+        code_of = {"int4": _INT4_PAIRS, "int8": _INT8_PAIRS, "fast8": _FAST8_PAIRS}[code]
         words, scales = packed.registers.reshape(blocks, 2), scale.registers.reshape(2)
         for row in range(2):
             twice = utils.bitcast(utils.vector_concat([scales[row]] * 2), word)

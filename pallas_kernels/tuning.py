@@ -159,6 +159,22 @@ def int8_config(m: int, n: int, k: int, group: int) -> Int4Config | None:
     return config if config.fits(m, n, k, group) else None
 
 
+def decode_layer_configs(
+    m: int, shapes: tuple[tuple[int, int], ...], multiprocessors: int
+) -> tuple[Int4Config, ...] | None:
+    """The blocks of a layer's products, in order of `shapes` = (N, K), gate_up the second; None: the kernel cannot run these.
+
+    Tiles of 128 weights, K split as often as leaves no more units than programs, of gate_up not at all, because its gate needs whole
+    sums. On an H200 no other choice that was tried was faster (docs/benchmarks.md).
+    """
+    block_m = max(16, power_of_two(m))
+    splits = [max(1, min(multiprocessors * 128 // n, k // 128)) for n, k in shapes]
+    splits[1] = 1
+    configs = tuple(mosaic_config(block_m, 128, 128, split, code="fast8") for split in splits)
+    fits = all(config.fits(m, n, k, 64) for config, (n, k) in zip(configs, shapes, strict=True))
+    return configs if fits and multiprocessors >= block_m else None
+
+
 def mosaic_heuristic(m: int, n: int, k: int, *, code: str = "int4", multiprocessors: int = 132) -> Int4Config:
     """All rows up to 256 in one tile, four warp groups while their sums fit the registers, K split until every multiprocessor has a program."""
     block_m = min(max(16, power_of_two(m)), 256 if code == "int4" else 128)

@@ -5,20 +5,27 @@ products do, so products leave partial sums (`pallas_kernels.rows`) and what com
 write after qkv, the residual with the following norm after out and down, the gate after gate_up, unless their product and the
 gate are one kernel. A layer therefore takes its input normed already and leaves the normed input of the next one. Where no
 kernel runs, the jnp twins compute exactly what `_layer` does.
+
+Of a copy that is laid out for it (`LayerWeights`), all between two attentions is one operation, up to the next layer's qkv.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from jgrpo.models.config import ModelConfig
-from jgrpo.quantization import gated_matmul, matmul_parts, reads_permuted
-from pallas_kernels import Rows, add_rms_norm
+from jgrpo.quantization import LAYERS, LayerWeights, gated_matmul, matmul_parts, reads_permuted
+from pallas_kernels import Rows, add_rms_norm, decode_layer
 
 Adapter = dict[str, tuple[Array, Array]]
+
+
+Attend = Callable[..., tuple[Any, Any]]
+"""Partial sums of qkv, without its bias, whether to permute the columns of the result, and whether to merge its parts (the default)
+-> (the heads' outputs as `Rows`, or their `AttentionParts`; whatever the caller keeps)."""
 
 
 class DecodeLayers:
@@ -38,12 +45,9 @@ class DecodeLayers:
         index: int | Array,
         residual: Float[Array, "M D"],
         rows: Rows,
-        attend: Callable[[Float[Array, "S M N"], bool], tuple[Rows, Any]],
+        attend: Attend,
     ) -> tuple[Float[Array, "M D"], Rows, Any]:
-        """(residual, its rows normed for what follows, whatever `attend` keeps).
-
-        `attend` takes the partial sums of qkv, without its bias, and whether to permute the columns of its result.
-        """
+        """(residual, its rows normed for what follows, whatever `attend` keeps)."""
         attended, kept = attend(self._product("qkv", index, rows), self._permuted("out", index, residual))
         out = self._product("out", index, attended)
         permuted = self._permuted("gate_up", index, residual)
@@ -62,6 +66,11 @@ class DecodeLayers:
         following = min(index + 1, self.config.num_layers - 1) if isinstance(index, int) else index
         permuted = self._permuted("qkv", following, residual)
         return *self._add(residual, "down", down, self.following_norm, index, permuted), kept
+
+    @staticmethod
+    def leave(rows: Rows) -> Float[Array, "M D"]:
+        """What the last layer left."""
+        return rows.plain
 
     def _product(self, name: str, index: int | Array, rows: Rows) -> Float[Array, "S M N"]:
         return matmul_parts(rows, self.weights[name], index, self.adapter.get(name))
@@ -91,3 +100,47 @@ class DecodeLayers:
             branch_scale=self.weights[own_norm] if own_norm and self.config.sandwich_norms else None,
             permuted=permuted,
         )
+
+
+class Ahead(NamedTuple):
+    """What a fused layer leaves to the next one."""
+
+    parts: Float[Array, "S M N"] | Float[Array, "M D"]
+    """The next layer's qkv as partial sums, or the normed rows after the last."""
+    counter: Int32[Array, "1"]
+    """Where the kernels' programs meet (`pallas_kernels.decode_layer`)."""
+
+
+class FusedDecodeLayers(DecodeLayers):
+    """The same from `LayerWeights`; its layers are unrolled, and there is no adapter beside them."""
+
+    def __init__(self, config: ModelConfig, base: Any, dtype: Any) -> None:
+        copy: LayerWeights = base["layers"][LAYERS]
+        super().__init__(config, {**base, "layers": {**base["layers"], "qkv": copy.first_qkv}}, {}, dtype)
+        self.copy = copy
+
+    def enter(self, residual: Float[Array, "M D"]) -> Ahead:
+        """The qkv of the first layer."""
+        return Ahead(self._product("qkv", 0, super().enter(residual)), jnp.zeros((1,), jnp.int32))
+
+    def layer(
+        self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: Attend
+    ) -> tuple[Float[Array, "M D"], Ahead, Any]:
+        """(residual, what the next layer begins with, whatever `attend` keeps)."""
+        attended, kept = attend(ahead.parts, False, merged=False)
+        residual, parts, counter = decode_layer(
+            attended,
+            residual,
+            (self.weights["post_norm"], self.following_norm),
+            self.copy.layers[index],
+            ahead.counter,
+            layer=index,
+            eps=self.config.rms_norm_eps,
+            activation=self.config.activation,
+        )
+        return residual, Ahead(parts, counter), kept
+
+    @staticmethod
+    def leave(ahead: Ahead) -> Float[Array, "M D"]:
+        """What the last layer left."""
+        return ahead.parts

@@ -28,14 +28,14 @@ from jgrpo.lora import fuse, layer_slice
 from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
-from jgrpo.models.decoding import DecodeLayers
+from jgrpo.models.decoding import DecodeLayers, FusedDecodeLayers
 from jgrpo.models.linear import PRODUCT, LayerProducts, Observe, of_layer
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
-from jgrpo.quantization import MixedWeight, Weight, embed, matmul
-from pallas_kernels import ACTIVATIONS, Rows, joined, rms_norm
+from jgrpo.quantization import LAYERS, LayerWeights, MixedWeight, Weight, embed, matmul
+from pallas_kernels import ACTIVATIONS, AttentionParts, Rows, joined, rms_norm
 from pallas_kernels.rope_cache import write as write_slot
 
 Attend = Callable[[Array], tuple[Array, Any]]
@@ -182,14 +182,17 @@ class Transformer(nn.Module):
         """
         base, lora = self._base(), self._lora()
         self._check_positions(cache.prompt_k.shape[3] + cache.k.shape[4])
-        adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
-        layers = DecodeLayers(self.config, base, adapter, self.dtype)
+        if LAYERS in base["layers"]:
+            layers: Any = FusedDecodeLayers(self.config, base, self.dtype)
+        else:
+            adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
+            layers = DecodeLayers(self.config, base, adapter, self.dtype)
         write = self._cache_writer(base["layers"], cache)
 
-        def body(layer: int | Array, carry: tuple[Array, Rows, KVCache]) -> tuple[Array, Rows, KVCache]:
-            residual, rows, cache = carry
+        def body(layer: int | Array, carry: tuple[Array, Any, KVCache]) -> tuple[Array, Any, KVCache]:
+            residual, ahead, cache = carry
 
-            def attend(qkv: Array, permuted: bool) -> tuple[Rows, KVCache]:
+            def attend(qkv: Array, permuted: bool, merged: bool = True) -> tuple[Rows | AttentionParts, KVCache]:
                 q, written = write(qkv, cache, layer)
                 out = pallas_kernels.decode_attention_rows(
                     q,
@@ -205,21 +208,22 @@ class Transformer(nn.Module):
                     softcap=self.config.attention_softcap,
                     scales=written.all_scales,
                     permuted=permuted,
+                    merged=merged,
                 )
                 return out, written
 
-            return layers.layer(layer, residual, rows, attend)
+            return layers.layer(layer, residual, ahead, attend)
 
         x = self._embed(base, tokens)
         residual = x.reshape(-1, x.shape[-1])
         carry = (residual, layers.enter(residual), cache)
-        if unroll or any(isinstance(weight, tuple | MixedWeight) for weight in base["layers"].values()):
+        if unroll or any(isinstance(weight, tuple | MixedWeight | LayerWeights) for weight in base["layers"].values()):
             for layer in range(self.config.num_layers):
                 carry = body(layer, carry)
         else:
             carry = jax.lax.fori_loop(0, self.config.num_layers, body, carry)
-        _, rows, cache = carry
-        return rows.plain.reshape(x.shape), dataclasses.replace(cache, length=cache.length + 1)
+        _, ahead, cache = carry
+        return layers.leave(ahead).reshape(x.shape), dataclasses.replace(cache, length=cache.length + 1)
 
     @nn.compact
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

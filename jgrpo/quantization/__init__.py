@@ -1,11 +1,14 @@
 """Quantized weights, how weights become them, and the one matmul that every linear layer goes through."""
 
 from jgrpo.quantization.linear import embed, gated_matmul, matmul, matmul_parts, reads_permuted
-from jgrpo.quantization.rounding import quantize, quantize_int8
+from jgrpo.quantization.rounding import quantize, quantize_fast8, quantize_int8
 from jgrpo.quantization.weights import (
+    LAYERS,
     NF4,
+    Fast8Weight,
     Int4Weight,
     Int8Weight,
+    LayerWeights,
     MixedWeight,
     NF4Weight,
     PackedWeight,
@@ -17,9 +20,12 @@ from jgrpo.quantization.weights import (
 )
 
 __all__ = [
+    "LAYERS",
     "NF4",
+    "Fast8Weight",
     "Int4Weight",
     "Int8Weight",
+    "LayerWeights",
     "MixedWeight",
     "NF4Weight",
     "PackedWeight",
@@ -31,6 +37,7 @@ __all__ = [
     "matmul_parts",
     "pack_nibbles",
     "quantize",
+    "quantize_fast8",
     "quantize_int8",
     "reads_permuted",
     "take_layer",

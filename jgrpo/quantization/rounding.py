@@ -1,7 +1,8 @@
 """Round weights to the levels of a packed form, nearest level, one group at a time.
 
 Int4 chooses its (signed) scale so that the element of largest magnitude in a group lands exactly on -8, the rule of GGML's
-Q4_0; int8 puts it on ±127, the rule of Q8_0. The levels are chosen for the scale as it is stored.
+Q4_0; int8 puts it on ±127, the rule of Q8_0. fast8 reaches from -128 to 254, and takes the sign of its scale that makes the scale
+smaller. The levels are chosen for the scale as it is stored.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jgrpo.errors import UserError
-from jgrpo.quantization.weights import Int4Weight, Int8Weight, pack_nibbles
+from jgrpo.quantization.weights import Fast8Weight, Int4Weight, Int8Weight, pack_nibbles
 
 
 def quantize(weight: Float[Any, "*L N K"], group_size: int, scale_dtype: Any = jnp.float32) -> Int4Weight:
@@ -34,6 +35,18 @@ def quantize_int8(weight: Float[Any, "*L N K"], group_size: int, scale_dtype: An
     scales = (xp.abs(groups).max(axis=-1) / 127.0).astype(scale_dtype)
     levels = xp.clip(_levels(groups, scales, xp), -127, 127).astype(xp.int8)
     return Int8Weight(levels.reshape(weight.shape), scales)
+
+
+def quantize_fast8(weight: Float[Any, "*L N K"], group_size: int, scale_dtype: Any = jnp.float32) -> Fast8Weight:
+    """The same with 256 levels that are twice as far apart above 0 as below it."""
+    xp, groups = _groups(weight, group_size)
+    below, above = (xp.maximum(side.max(axis=-1), 0) for side in (-groups, groups))
+    upright, flipped = xp.maximum(below / 128, above / 254), xp.maximum(above / 128, below / 254)
+    scales = xp.where(upright <= flipped, upright, -flipped).astype(scale_dtype)
+    steps = groups / xp.where(scales == 0, 1, scales).astype(xp.float32)[..., None]
+    negative, positive = xp.clip(xp.round(steps), -128, -1), xp.clip(xp.round(steps / 2), 0, 127)
+    packed = (128 + xp.where(steps < -0.5, negative, positive)).astype(xp.uint8)
+    return Fast8Weight(packed.reshape(weight.shape), scales)
 
 
 def _groups(weight: Any, group_size: int) -> tuple[Any, Any]:

@@ -14,8 +14,10 @@ the same way, where they are wider.
 and every resumed run decides alike.
 """
 
+import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +30,8 @@ import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
-from jgrpo.quantization import MixedWeight, PackedWeight, dequantize, quantize_int8
+from jgrpo.quantization import LAYERS, LayerWeights, MixedWeight, PackedWeight, dequantize, quantize_fast8
+from pallas_kernels import LayerMatrix, interleave_gate
 
 Params = Mapping[str, Any]
 
@@ -39,6 +42,8 @@ MANY_ROWS, LARGE_COPY = 128, 4e9
 with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead."""
 COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
 """Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
+LAYER_ORDER = ("out", "gate_up", "down", "qkv")
+"""The matrices of a layer's kernel; qkv is the next layer's."""
 MEMORY_SHARE = 0.6
 """Share of the device's memory that base, copy and cache may fill under auto; the update needs the rest."""
 
@@ -48,11 +53,12 @@ class WeightsPlan:
     """Which weights a rollout decodes with, and why."""
 
     copy: str | None
-    """The form of the merged copy, "bf16" (the compute dtype) or "int8"; None: the base as stored."""
+    """The form of the merged copy, "bf16" (the compute dtype), "int8" or "int8_layers" (`int8_form`); None: the base as stored."""
     reason: str
 
     def __str__(self) -> str:
-        names = {None: "as stored", "bf16": "merged copy", "int8": "merged copy in 8 bits"}
+        eight_bits = "merged copy in 8 bits"
+        names = {None: "as stored", "bf16": "merged copy", "int8": eight_bits, "int8_layers": eight_bits}
         return f"rollout weights: {names[self.copy]} ({self.reason})"
 
 
@@ -60,14 +66,15 @@ def plan_weights(model: Transformer, base: Params, config: RolloutConfig, prompt
     """Follow `config.rollout_weights`, or decide; `prompts` is (Q, P)."""
     rows = at_once(config, prompts[0]) * config.num_generations
     if config.rollout_weights != "auto":
-        copy = None if config.rollout_weights == "int4" else config.rollout_weights
+        copy = {"int4": None, "int8": int8_form(model, rows)}.get(config.rollout_weights, config.rollout_weights)
         slow = copy == "int8" and not has_int8_kernel(model, rows)
         why = "; no kernel multiplies by it here, so every step dequantizes it" if slow else ""
         return WeightsPlan(copy, f"rollout_weights: {config.rollout_weights}{why}")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     copies = {form: merged_bytes(model, form) for form in ("bf16", "int8")}
     cache = cache_bytes(model, config, prompts)
-    return choose_weights(rows, size, copies, cache, _device_bytes(), has_int8_kernel(model, rows))
+    plan = choose_weights(rows, size, copies, cache, _device_bytes(), has_int8_kernel(model, rows))
+    return dataclasses.replace(plan, copy=int8_form(model, rows)) if plan.copy == "int8" else plan
 
 
 def choose_weights(
@@ -84,6 +91,16 @@ def choose_weights(
     fits = base + copies[form] + cache <= MEMORY_SHARE * device
     reason = f"auto: {numbers} {'<=' if fits else '>'} {MEMORY_SHARE:.0%} of {device / 1e9:.1f} GB"
     return WeightsPlan(form if fits else None, reason)
+
+
+def int8_form(model: Transformer, rows: int) -> str:
+    """How a copy in 8 bits is laid out: for a kernel a layer where this device has one for that many rows ("int8_layers"), or a matrix."""
+    config = model.config
+    plain = not (config.out_bias or config.mlp_bias or config.sandwich_norms or config.norm_offset)
+    matrices = [matrix_shapes(config)[name] for name in LAYER_ORDER]
+    grouped = all(copy_group(width) == COPY_GROUP for _, width in matrices)
+    fused = plain and grouped and pallas_kernels.has_layer_kernel(rows, matrices, model.dtype, SCALE)
+    return "int8_layers" if fused else "int8"
 
 
 def has_int8_kernel(model: Transformer, rows: int) -> bool:
@@ -111,12 +128,14 @@ def decoded(
         copy = plan_weights(model, base, config, prompts).copy
         return Decoded(base, policy, merge(model, base, policy, copy) if copy else None)
     weights, copy = policy[WEIGHTS], config.rollout_weights
+    rows = at_once(config, prompts[0]) * config.num_generations
+    form = int8_form(model, rows) if copy == "int8" else "bf16"
     if not is_wide(model, weights):
-        return Decoded(weights, {}, merge(model, weights, {}, copy) if copy in ("bf16", "int8") else None)
+        return Decoded(weights, {}, merge(model, weights, {}, form) if copy in ("bf16", "int8") else None)
     rest = {name: leaf for name, leaf in weights["layers"].items() if name not in matrix_modules(model.config)}
     small = cast({**weights, "layers": rest}, jnp.dtype(model.dtype).name)
     layers = {**weights["layers"], **small["layers"]}
-    return Decoded({**small, "layers": layers}, {}, merge(model, weights, {}, "int8" if copy == "int8" else "bf16"))
+    return Decoded({**small, "layers": layers}, {}, merge(model, weights, {}, form))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -145,7 +164,7 @@ def is_wide(model: Transformer, weights: Params) -> bool:
 def merged_bytes(model: Transformer, copy: str = "bf16") -> int:
     """Size of the copy that `merge` makes."""
     widths = matrix_shapes(model.config).values()
-    if copy == "int8":
+    if copy != "bf16":
         row_bytes = [(rows, width + width // copy_group(width) * SCALE.itemsize) for rows, width in widths]
     else:
         row_bytes = [(rows, width * jnp.dtype(model.dtype).itemsize) for rows, width in widths]
@@ -192,19 +211,25 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16") -> dict[str, Any]:
     """W + scale · B A of every matrix, as one array `[N, K]` in the compute dtype for each layer, or ("int8") in 8 bits a weight.
 
-    Made a matrix at a time: beside the result there is never more than one matrix in float32.
+    "int8_layers": the same as "int8" laid out for a kernel a layer, as the one entry `LAYERS`. Made a matrix at a time: beside
+    the result there is never more than one matrix in float32.
     """
-    adapter, layers = _fused(model, lora), range(model.config.num_layers)
+    adapter, numbers = _fused(model, lora), range(model.config.num_layers)
     dtype = jnp.dtype(model.dtype).name
 
-    def one(name: str, layer: int) -> Any:
+    def one(name: str, layer: int, form: str = copy) -> Any:
         stack, index = _stack_and_index(base["layers"][name], layer)
-        return _merge_one(stack, index, adapter.get(name), layer, copy=copy, dtype=dtype)
+        gate = name == "gate_up"
+        return _merge_one(stack, index, adapter.get(name), layer, copy=form, dtype=dtype, gate=gate)
 
-    copies = {name: tuple(one(name, layer) for layer in layers) for name in matrix_modules(model.config)}
+    if copy == "int8_layers":
+        own = [tuple(one(name, layer) for name in LAYER_ORDER[:3]) for layer in numbers]
+        following = [*((one("qkv", layer),) for layer in numbers[1:]), ()]
+        return {LAYERS: LayerWeights(one("qkv", 0, "int8"), tuple(map(operator.add, own, following)))}
+    copies = {name: tuple(one(name, layer) for layer in numbers) for name in matrix_modules(model.config)}
     if copy != "int8":
         return copies
-    where = tuple((layer, 0) for layer in layers)  # every part is a stack of one layer
+    where = tuple((layer, 0) for layer in numbers)  # every part is a stack of one layer
     return {name: MixedWeight(parts, where) for name, parts in copies.items()}
 
 
@@ -220,19 +245,25 @@ def _stack_and_index(weight: Any, layer: int) -> tuple[Any, int]:
     return weight, layer
 
 
-@functools.partial(jax.jit, static_argnames=("copy", "dtype"))
+@functools.partial(jax.jit, static_argnames=("copy", "dtype", "gate"))
 def _merge_one(
-    stack: Any, index: Array, adapter: tuple[Array, Array] | None, layer: Array, *, copy: str, dtype: str
+    stack: Any, index: Array, adapter: tuple[Array, Array] | None, layer: Array, *, copy: str, dtype: str, gate: bool
 ) -> Any:
     weight = jax.tree.map(lambda leaf: leaf[index], stack)
     wide = dequantize(weight, jnp.float32) if isinstance(weight, PackedWeight) else weight.astype(jnp.float32)
     if adapter is not None:
         a, b = (factor[layer] for factor in adapter)
-        if copy == "int8":  # whose own rounding is far coarser than a product's in the compute dtype
-            wide = wide + jnp.matmul(b.astype(dtype), a.astype(dtype)).astype(jnp.float32)
-        else:
+        if copy == "bf16":
             wide = wide + jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
-    return quantize_int8(wide[None], copy_group(wide.shape[-1]), SCALE) if copy == "int8" else wide.astype(dtype)
+        else:  # whose own rounding is far coarser than a product's in the compute dtype
+            wide = wide + jnp.matmul(b.astype(dtype), a.astype(dtype)).astype(jnp.float32)
+    if copy == "bf16":
+        return wide.astype(dtype)
+    coded = quantize_fast8(wide[None], copy_group(wide.shape[-1]), SCALE)
+    if copy == "int8":
+        return coded
+    packed, scales = map(interleave_gate, (coded.packed, coded.scales)) if gate else (coded.packed, coded.scales)
+    return LayerMatrix(packed, jnp.swapaxes(scales, 1, 2))
 
 
 def decoding_variables(model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool) -> Params:

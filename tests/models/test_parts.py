@@ -10,6 +10,7 @@ from jgrpo.models.attention import blockwise_attention
 from jgrpo.models.config import RopeConfig, model_config_from_hf
 from jgrpo.models.rope import apply_rope, inverse_frequencies
 from jgrpo.quantization import (
+    Fast8Weight,
     Int4Weight,
     Int8Weight,
     MixedWeight,
@@ -20,10 +21,12 @@ from jgrpo.quantization import (
     matmul,
     matmul_parts,
     quantize,
+    quantize_fast8,
     quantize_int8,
     take_layer,
 )
 from pallas_kernels import Rows
+from pallas_kernels.codes import fast8_levels
 from pallas_kernels.rows import permute_columns
 
 HF = dict(
@@ -159,6 +162,8 @@ def random_packed(code: str, rng: np.random.Generator):
         return Int4Weight(jnp.asarray(packed), scales, jnp.asarray(rng.integers(0, 17, (2, 40, 2), dtype=np.uint8)))
     if code == "nf4":
         return NF4Weight(jnp.asarray(packed), scales)
+    if code == "fast8":
+        return Fast8Weight(jnp.asarray(rng.integers(0, 256, (2, 40, 64), dtype=np.uint8)), -scales)
     return Int8Weight(jnp.asarray(rng.integers(-127, 128, (2, 40, 64), dtype=np.int8)), scales)
 
 
@@ -172,9 +177,9 @@ def random_weight(kind: str, rng: np.random.Generator):
     return forms[kind]() if kind in forms else random_packed(kind, rng)
 
 
-@pytest.mark.parametrize("code", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("code", ["int4", "nf4", "int8", "fast8"])
 def test_matmul_and_its_gradients_are_those_of_the_dequantized_weight(code):
-    """Int4 with zero-points, NF4 and int8; by a Python index and by a traced one; alone, and in a mixed stack."""
+    """Int4 with zero-points, NF4, int8 and fast8; by a Python index and by a traced one; alone, and in a mixed stack."""
     rng = np.random.default_rng(3)
     weight = random_packed(code, rng)
     dense = dequantize(weight)
@@ -201,7 +206,7 @@ def test_matmul_and_its_gradients_are_those_of_the_dequantized_weight(code):
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "dense", "layers", "mixed"])
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "fast8", "dense", "layers", "mixed"])
 def test_partial_sums_of_a_product_are_the_product(kind, with_adapter):
     rng = np.random.default_rng(5)
     weight = random_weight(kind, rng)
@@ -244,6 +249,22 @@ def test_levels_of_int8_are_within_half_a_step():
     error = np.abs(dequantize(quantized) - weight).reshape(5, 4, 32)
     assert (error <= 0.5001 * quantized.scales[..., None]).all()
     assert np.abs(quantized.packed).max() == 127
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_levels_of_fast8_are_the_nearest_on_the_better_side(xp):
+    """Steps of one below 0 and of two above it, times a scale of the sign that makes it smaller."""
+    weight = np.random.default_rng(0).normal(size=(40, 128)).astype(np.float32)
+    weight[0, :32] = 0
+    quantized = quantize_fast8(xp.asarray(weight), 32)
+    scales = np.asarray(quantized.scales)[..., None]
+    steps, levels = weight.reshape(40, 4, 32) / np.where(scales, scales, 1), fast8_levels(np.arange(256), np)
+    nearest = levels[np.abs(steps[..., None] - levels).argmin(axis=-1)]
+    got = np.asarray(dequantize(quantized)).reshape(40, 4, 32)
+    np.testing.assert_allclose(np.abs(got - steps * scales), np.abs(nearest - steps) * np.abs(scales), atol=1e-5)
+    assert {-1, 1} <= set(np.sign(scales).ravel())
+    error, coarse = (dequantize(q(weight, 32)) - weight for q in (quantize_fast8, quantize_int8))
+    assert np.sqrt(np.mean(error**2) / np.mean(coarse**2)) < 1.4
 
 
 def test_take_layer_of_a_mixed_stack():

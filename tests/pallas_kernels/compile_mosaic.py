@@ -1,4 +1,4 @@
-"""Compile the Mosaic GPU form of the products for an H200 that isn't there: `python -m tests.pallas_kernels.compile_mosaic`.
+"""Compile the Mosaic GPU kernels for an H200 that isn't there: `python -m tests.pallas_kernels.compile_mosaic`.
 
 Prints a line of JSON a kernel, with what ptxas says of it. Run apart from the tests, because it needs the packages of the GPU extra
 and a process of which XLA keeps what ptxas says.
@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import int4_matmul_mosaic, tuning
+from pallas_kernels import AttentionParts, LayerMatrix, decode_layer_mosaic, int4_matmul_mosaic, tuning
 from pallas_kernels.codes import PER_BYTE
 from tests.rollout.gpu_program import h200
 
-GROUP, LAYERS, N, K, RANK = 64, 2, 2048, 2048, 128
+GROUP, LAYERS, N, K, RANK, MULTIPROCESSORS = 64, 2, 2048, 2048, 128, 132
 DTYPES = {"int4": jnp.uint8, "int8": jnp.int8}
 
 
@@ -33,6 +33,43 @@ def configurations() -> Iterator[tuple[str, tuning.Int4Config]]:
     tiles = {(code, c.block_m, c.block_n, c.block_k, min(c.split_k, 2)) for code, c in found}
     for code, *blocks in sorted(tiles):
         yield code, tuning.mosaic_config(*blocks, code=code)
+
+
+def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...]]]:
+    """((N, K) of the matrices, blocks) of whole layers, also of fewer rows, and of a last one."""
+    wide = ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096))
+    narrow = ((1536, 1536), (17920, 1536), (1536, 8960), (2048, 1536))
+    for m, shapes in [(16, wide), (32, wide), (64, wide), (64, wide[:3]), (64, narrow)]:
+        configs = tuning.decode_layer_configs(m, shapes, MULTIPROCESSORS)
+        assert configs is not None
+        yield shapes, configs
+
+
+def layer_said_by_ptxas(shapes: tuple, configs: tuple[tuning.Int4Config, ...], sharding) -> str:
+    """Of a layer's kernel for a tile of rows and parts of an attention with heads of 128."""
+    m, heads, width = configs[0].block_m, configs[0].block_m * shapes[0][1] // 128, shapes[0][0]
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    parts = AttentionParts(array((heads, 3, 2), jnp.float32), array((heads, 3, 128), jnp.float32))
+    matrices = [LayerMatrix(array((1, n, k), jnp.uint8), array((1, k // GROUP, n), jnp.bfloat16)) for n, k in shapes]
+    norms = (array((LAYERS, width), jnp.bfloat16),) * 2
+    operands = (parts, array((m, width), jnp.bfloat16), norms, array((), jnp.int32), array((1,), jnp.int32), matrices)
+
+    def layer(*operands):
+        how = dict(configs=configs, programs=MULTIPROCESSORS, eps=1e-6, activation="silu")
+        return decode_layer_mosaic.decode_layer(*operands, **how)
+
+    return what_ptxas_says(layer, *operands)
+
+
+def what_ptxas_says(function, *operands) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": folder}
+        jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+        (file,) = Path(folder).glob("*.ptxas")
+        return file.read_text()
 
 
 def said_by_ptxas(code: str, config: tuning.Int4Config, rank: int, sharding) -> str:
@@ -51,11 +88,7 @@ def said_by_ptxas(code: str, config: tuning.Int4Config, rank: int, sharding) -> 
     def product(x, packed, scales, layer, xa=None, lora_b=None):
         return int4_matmul_mosaic.partial_sums(x, packed, scales, layer, xa, lora_b, jnp.bfloat16, config, code)
 
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": folder}
-        jax.jit(product).trace(**operands).lower(lowering_platforms=("cuda",)).compile()
-        (file,) = Path(folder).glob("*.ptxas")
-        return file.read_text()
+    return what_ptxas_says(product, *operands.values())
 
 
 def main() -> None:
@@ -66,6 +99,9 @@ def main() -> None:
         for rank in (0, RANK):
             said = said_by_ptxas(code, config, rank, sharding)
             print(json.dumps({"code": code, "rank": rank, **asdict(config), "ptxas": said}))
+    for shapes, configs in layers():
+        said = layer_said_by_ptxas(shapes, configs, sharding)
+        print(json.dumps({"code": "fast8", "layer": shapes, **asdict(configs[0]), "ptxas": said}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pallas_kernels import dispatch
 if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
     pytest.skip("needs the jax of Mosaic's interpreter", allow_module_level=True)
 
-from pallas_kernels import int4_matmul_mosaic, tuning
+from pallas_kernels import dequantize, int4_matmul_mosaic, tuning
 from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels.oracles import random_int4, relative_error
 
@@ -61,6 +61,7 @@ def test_product(m, n, k, group, blocks):
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
 
 
+@pytest.mark.parametrize("code", ["int8", "fast8"])
 @pytest.mark.parametrize(
     ("m", "n", "k", "group", "blocks"),
     [
@@ -69,13 +70,13 @@ def test_product(m, n, k, group, blocks):
         (200, 128, 512, 64, (256, 128, 128, 1)),
     ],
 )
-def test_product_with_eight_bits(m, n, k, group, blocks):
+def test_product_with_eight_bits(m, n, k, group, blocks, code):
     rng = np.random.default_rng(m)
-    packed = rng.integers(-128, 128, (n, k)).astype(np.int8)
+    packed = rng.integers(0, 256, (n, k)).astype(np.uint8).view(np.int8 if code == "int8" else np.uint8)
     scales = jnp.asarray(rng.uniform(0.01, 0.02, (n, k // group)), jnp.bfloat16)
-    weight = packed * np.repeat(np.asarray(scales, np.float64), group, axis=1)
+    weight = dequantize(packed, np.asarray(scales), np.float64, code)
     x = rows(rng, m, k)
-    out = product(x, packed, scales, None, None, None, tuning.mosaic_config(*blocks, code="int8"), "int8")
+    out = product(x, packed, scales, None, None, None, tuning.mosaic_config(*blocks, code=code), code)
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
 
 

@@ -93,15 +93,15 @@ def test_int4_matmul_with_bfloat16_scales(group, block_k, product):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("code", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("code", ["int4", "nf4", "int8", "fast8"])
 @pytest.mark.parametrize(
     ("n", "k", "group"), [(1, 64, 32), (7, 896, 64), (70, 1536, 128), (33, 3584, 64), (3, 256, 256)]
 )
 def test_dequantize(n, k, group, code, dtype):
     rng = np.random.default_rng(n + k)
     packed, scales, _ = random_int4(rng, n, k, group, layers=(3,))
-    if code == "int8":
-        packed = rng.integers(-127, 128, (3, n, k), dtype=np.int8)
+    if codes.PER_BYTE[code] == 1:
+        packed = rng.integers(0, 256, (3, n, k), dtype=np.uint8).view(np.int8 if code == "int8" else np.uint8)
     want = float64(rounded(codes.dequantize(packed, scales, np.float32, code), dtype))
     for layer, pointer in ((2, True), (0, False), (1, True)):
         np.testing.assert_array_equal(

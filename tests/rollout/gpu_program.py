@@ -20,7 +20,7 @@ from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Prompts, rollout_program
-from jgrpo.rollout.weights import merge
+from jgrpo.rollout.weights import int8_form, merge
 from pallas_kernels import dispatch
 
 LAYERS, QUESTIONS, GROUP, PROMPT, TOKENS = 2, 8, 8, 256, 512
@@ -48,7 +48,7 @@ def program(weights: str) -> str:
     """The optimized program of `rollout_program` with the base as stored, or with a merged copy."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver to ask for its version
     jax.default_backend = lambda: "gpu"
-    dispatch.current_device = lambda: dispatch.Device("gpu", (9, 0), True, "NVIDIA H200", True)
+    dispatch.current_device = lambda: dispatch.Device("gpu", (9, 0), True, "NVIDIA H200", True, 132)
     lora_config = LoraConfig(lora_rank=32)
     model = Transformer(CONFIG, lora_config, jnp.bfloat16)
     base = jax.tree_util.tree_map_with_path(quantized, base_shapes(CONFIG, jnp.bfloat16))
@@ -56,7 +56,8 @@ def program(weights: str) -> str:
     prompts = Prompts(
         jax.ShapeDtypeStruct((QUESTIONS, PROMPT), jnp.int32), jax.ShapeDtypeStruct((QUESTIONS,), jnp.int32)
     )
-    copy = None if weights == "int4" else jax.eval_shape(lambda *given: merge(model, *given, weights), base, lora)
+    form = int8_form(model, QUESTIONS * GROUP) if weights == "int8" else weights
+    copy = None if weights == "int4" else jax.eval_shape(lambda *given: merge(model, *given, form), base, lora)
     key = jax.eval_shape(lambda: jax.random.key(0))
     inputs = (base, lora, prompts, key, copy)
     sharding = h200()

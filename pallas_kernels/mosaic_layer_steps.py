@@ -1,0 +1,316 @@
+"""Steps of `decode_layer_mosaic.py` written in Mosaic GPU's instructions; its interpreter cannot run them, so each that computes has a twin in jnp."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+
+def synchronize(counter, number, meeting: int, meetings: int, programs: int) -> None:
+    """Count this program in, and wait until all `programs` of them have come to this meeting, one of `meetings` of the layer `number`.
+
+    What their warp groups wrote before may then be read, by loads and by copies. Programs that wait for seconds end with an error.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def meet(_, counter, number):
+        i32 = ir.IntegerType.get_signless(32)
+        done = llvm.load(i32, utils.memref_ptr(number))
+        target = arith.addi(arith.muli(done, utils.c(meetings, i32)), utils.c(meeting + 1, i32))
+        chosen = arith.extui(i32, utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP))
+        utils.inline_ptx(_MEET, utils.memref_ptr(counter), arith.muli(target, utils.c(programs, i32)), chosen)
+        utils.warpgroup_barrier()
+        utils.inline_ptx("fence.proxy.async;")
+
+    meet(counter, number)
+
+
+_MEET = """{
+.reg .pred other, waits, late;
+.reg .b32 count, polls;
+mov.b32 polls, 0;
+setp.eq.b32 other, $2, 0;
+@other bra met;
+red.release.gpu.global.add.u32 [$0], 1;
+again:
+ld.acquire.gpu.global.u32 count, [$0];
+add.u32 polls, polls, 1;
+setp.gt.u32 late, polls, 0x800000;
+@late trap;
+setp.lt.u32 waits, count, $1;
+@waits bra again;
+met:
+}"""
+
+
+def publish(interpret: bool) -> None:
+    """Let copies (TMA) of other programs read what this thread stored, once they have synchronized."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        utils.inline_ptx("fence.proxy.async;")
+
+    fence()
+
+
+def prefetch(row, interpret: bool) -> None:
+    """Have a row of device memory in the L2 cache soon; by at least as many threads as it has lines of 128 bytes."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def ask(_, row):
+        i32, memref = ir.IntegerType.get_signless(32), ir.MemRefType(row.type)
+        line = 128 // utils.bytewidth(memref.element_type)
+        thread = utils.thread_idx()
+        inside = arith.cmpi(arith.CmpIPredicate.ult, thread, utils.c(-(-memref.shape[0] // line), i32))
+        place = utils.getelementptr(
+            utils.memref_ptr(row), [arith.muli(thread, utils.c(line, i32))], memref.element_type
+        )
+        utils.inline_ptx("prefetch.global.L2 [$0];", place, predicate=inside, has_side_effects=True)
+
+    ask(row)
+
+
+def merge_heads(stats, values, out, programs: int, warpgroups: int, interpret: bool) -> None:
+    """Merge the parts of every row's heads (`rows.AttentionParts`) into `out` [M, H Hd] with permuted columns; a warp takes a head at a time."""
+    (heads, splits, depth), width = values.shape, out.shape[1]
+    if interpret:
+
+        @pl.when((lax.axis_index("warpgroup") == 0) & (lax.axis_index("program") == 0))
+        def _():
+            highest, total = stats[:, :, 0], stats[:, :, 1]
+            weights = jnp.exp2(highest - jnp.max(highest, axis=1, keepdims=True))
+            seen = highest > -jnp.inf
+            parts = jnp.where(seen[..., None], values[...], 0) * weights[..., None]
+            merged = jnp.sum(parts, axis=1) / jnp.sum(jnp.where(seen, total, 0) * weights, axis=1, keepdims=True)
+            rows = merged.reshape(-1, width // 16, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(-1, width)
+            out[pl.ds(0, rows.shape[0])] = rows.astype(out.dtype)
+
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    def merge(_, stats, values, out):
+        i32 = ir.IntegerType.get_signless(32)
+        kind, pairs = ir.MemRefType(out.type).element_type, depth // 64  # of a lane
+        thread = utils.thread_idx()
+        lane, warp = (op(thread, utils.c(32, i32)) for op in (arith.remui, arith.divui))
+        program = utils.inline_ptx("mov.u32 $0, %ctaid.x;", result_types=i32)
+        warp = arith.addi(arith.muli(program, utils.c(4 * warpgroups, i32)), warp)
+        for first in range(0, heads, 4 * warpgroups * programs):
+            head = arith.addi(warp, utils.c(first, i32))
+            with utils.when(arith.cmpi(arith.CmpIPredicate.ult, head, utils.c(heads, i32))):
+                slot = arith.muli(head, utils.c(splits, i32))
+                merged = _merged_columns(stats, values, slot, splits, depth, arith.muli(lane, utils.c(2 * pairs, i32)))
+                row_start = arith.muli(head, utils.c(depth, i32))  # heads of a row follow each other, and rows
+                for i in range(pairs):
+                    # Column 16 c + 4 t + 2 h + j goes to 16 c + 8 h + 2 t + j.
+                    pair = arith.addi(arith.muli(lane, utils.c(pairs, i32)), utils.c(i, i32))
+                    c, t, h = (_digit(pair, *of, i32) for of in ((8, 1 << 16, 16), (2, 4, 2), (1, 2, 8)))
+                    column = arith.addi(row_start, arith.addi(c, arith.addi(t, h)))
+                    value = arith.truncf(
+                        ir.VectorType.get((2,), kind), utils.vector_slice(merged, slice(2 * i, 2 * i + 2))
+                    )
+                    llvm.store(value, utils.getelementptr(utils.memref_ptr(out), [column], kind))
+
+    merge(stats, values, out)
+
+
+def _merged_columns(stats, values, slot, splits: int, depth: int, column):
+    """sum_s 2^(max_s - max) values_s / sum_s 2^(max_s - max) sum_s of a head's parts from `slot` on: a lane's float32 columns."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    wide, none = ir.VectorType.get((depth // 32,), f32), arith.constant(f32, ir.FloatAttr.get(f32, float("-inf")))
+    zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+    highest, totals, columns = [], [], []
+    for part in range(splits):
+        place = arith.addi(slot, utils.c(part, i32))
+        both = llvm.load(
+            ir.VectorType.get((2,), f32),
+            utils.getelementptr(utils.memref_ptr(stats), [arith.muli(place, utils.c(2, i32))], f32),
+        )
+        highest.append(vector.extract(both, [], [0]))
+        totals.append(vector.extract(both, [], [1]))
+        offset = arith.addi(arith.muli(place, utils.c(depth, i32)), column)
+        columns.append(llvm.load(wide, utils.getelementptr(utils.memref_ptr(values), [offset], f32)))
+    largest = highest[0]
+    for other in highest[1:]:
+        largest = arith.maximumf(largest, other)
+    total, merged = zero, vector.broadcast(wide, zero)
+    for top, part_total, part in zip(highest, totals, columns, strict=True):
+        seen = arith.cmpf(arith.CmpFPredicate.OGT, top, none)
+        weight = utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", arith.subf(top, largest), result_types=f32)
+        total = arith.addf(total, arith.select(seen, arith.mulf(part_total, weight), zero))
+        part = arith.mulf(part, vector.broadcast(wide, weight))
+        merged = arith.addf(merged, arith.select(seen, part, vector.broadcast(wide, zero)))
+    inverse = arith.divf(arith.constant(f32, ir.FloatAttr.get(f32, 1.0)), total)
+    return arith.mulf(merged, vector.broadcast(wide, inverse))
+
+
+def _digit(value, divisor: int, modulus: int, factor: int, i32):
+    """value // divisor % modulus * factor."""
+    value = arith.remui(arith.divui(value, utils.c(divisor, i32)), utils.c(modulus, i32))
+    return arith.muli(value, utils.c(factor, i32))
+
+
+def store_gated(sums, out, tile, activation: str, interpret: bool) -> None:
+    """activation(gate) * up of float32 sums [64, M], whose rows are of gate and up in turn by eights, into `out` [M, F].
+
+    The 32 results of a row of x go to columns 32 * `tile` and on, in the order of `rows.permute_columns`.
+    """
+    gelu = {"silu": False, "gelu_tanh": True}[activation]
+    if interpret:
+        gate, up = jnp.moveaxis(sums.reshape(4, 2, 8, -1), 1, 0).reshape(2, 32, -1)
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate**3) if gelu else gate
+        gated = (gate / (1 + jnp.exp(-inner)) * up).astype(out.dtype)
+        gated = gated.reshape(2, 4, 2, 2, -1).transpose(0, 2, 1, 3, 4).reshape(32, -1)
+        out.at[:, pl.ds(32 * tile, 32)].T[...] = gated
+        return
+    m, width = out.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+    def store(_, sums, out):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        kind, target = ir.MemRefType(out.type).element_type, utils.memref_ptr(out)
+        lane = arith.remui(utils.thread_idx(), utils.c(128, i32))
+        # Thread 32 w + 4 r + t of a warp group has row 8 w + r of the results, and of x the rows 8 b + 2 t and the next.
+        column = arith.divui(lane, utils.c(4, i32))
+        first = arith.muli(arith.remui(lane, utils.c(4, i32)), utils.c(2, i32))
+
+        # Column 16 c + 4 t + 2 h + j goes to 16 c + 8 h + 2 t + j.
+        pieces = [_digit(column, *of, i32) for of in ((16, 2, 16), (4, 4, 2), (2, 2, 8), (1, 2, 1))]
+        column = pieces[0]
+        for piece in pieces[1:]:
+            column = arith.addi(column, piece)
+        offset = arith.addi(arith.muli(first, utils.c(width, i32)), column)
+        registers = sums.registers.reshape(m // 8, 2)
+        for block, half in np.ndindex(m // 8, 2):
+            gate, up = (vector.extract(register, [], [half]) for register in registers[block])
+            value = arith.truncf(kind, _gate_times_up(gate, up, gelu, f32))
+            place = arith.addi(offset, utils.c((8 * block + half) * width, i32))
+            llvm.store(value, utils.getelementptr(target, [place], kind))
+
+    store(sums, out.at[:, pl.ds(32 * tile, 32)])
+
+
+def _gate_times_up(gate, up, gelu: bool, f32):
+    """activation(gate) * up of float32 values: gate * sigmoid(s) * up, s = gate or 2 sqrt(2/pi) (gate + 0.044715 gate^3)."""
+
+    def number(value):
+        return arith.constant(f32, ir.FloatAttr.get(f32, value))
+
+    inner = gate
+    if gelu:
+        cube = arith.mulf(arith.mulf(gate, gate), gate)
+        inner = arith.mulf(arith.addf(gate, arith.mulf(cube, number(0.044715))), number(1.5957691216057308))
+    power = arith.mulf(inner, number(-1.4426950408889634))
+    power = utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", power, result_types=f32)
+    sigmoid = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", arith.addf(power, number(1.0)), result_types=f32)
+    return arith.mulf(arith.mulf(gate, sigmoid), up)
+
+
+def add_norm_row(
+    source, parts, scale, out, rows, squares, *, eps: float, threads: int, permuted: bool, interpret: bool
+) -> None:
+    """out = source + the sum of parts [S, D]; rows = out / rms(out) * scale, with permuted columns or not. One row, by `threads` threads.
+
+    Roundings are those of `add_rms_norm_triton.py`: the branch is added in float32, and the rounded sum is what is normed.
+    """
+    if interpret:
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _():
+            total = (source[...].astype(jnp.float32) + jnp.sum(parts[...], axis=0)).astype(out.dtype)
+            out[...] = total
+            wide = total.astype(jnp.float32)
+            normed = (wide * lax.rsqrt(jnp.mean(wide * wide) + eps)).astype(rows.dtype) * scale[...].astype(rows.dtype)
+            order = normed.reshape(-1, 4, 2, 2).transpose(0, 2, 1, 3).reshape(normed.shape) if permuted else normed
+            rows[...] = order
+
+        return
+    (count, width) = parts.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6)
+    def add(_, source, parts, scale, out, rows, squares):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        wide, kind = ir.VectorType.get((8,), f32), ir.MemRefType(out.type).element_type
+        narrow = ir.VectorType.get((8,), kind)
+        stride = ir.MemRefType(parts.type).get_strides_and_offset()[0][0]
+        thread = arith.remui(utils.thread_idx(), utils.c(threads, i32))
+
+        def load(ref, offset):
+            element = ir.MemRefType(ref.type).element_type
+            value = llvm.load(
+                ir.VectorType.get((8,), element), utils.getelementptr(utils.memref_ptr(ref), [offset], element)
+            )
+            return value if element == f32 else arith.extf(wide, value)
+
+        # Eight columns of a thread in turn; threads beyond the last columns repeat the last ones and store nothing.
+        chunks, mine, total = width // 8, [], arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+        for start in range(0, chunks, threads):
+            chunk = arith.addi(thread, utils.c(start, i32))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, chunk, utils.c(chunks, i32))
+            chunk = arith.minui(chunk, utils.c(chunks - 1, i32))
+            column = arith.muli(chunk, utils.c(8, i32))
+            value = None
+            for part in range(count):
+                piece = load(parts, arith.addi(column, utils.c(part * stride, i32)))
+                value = piece if value is None else arith.addf(value, piece)
+            value = arith.truncf(narrow, arith.addf(load(source, column), value))
+            rounded = arith.extf(wide, value)
+            square = vector.reduction(f32, vector.CombiningKind.ADD, arith.mulf(rounded, rounded))
+            square = arith.select(inside, square, arith.constant(f32, ir.FloatAttr.get(f32, 0.0)))
+            total = arith.addf(total, square)
+            mine.append((chunk, inside, column, value, rounded, load(scale, column)))
+        total = _sum_of_threads(total, squares, thread, threads, i32, f32)
+        mean = arith.addf(
+            arith.mulf(total, arith.constant(f32, ir.FloatAttr.get(f32, 1 / width))),
+            arith.constant(f32, ir.FloatAttr.get(f32, eps)),
+        )
+        inverse = utils.inline_ptx("rsqrt.approx.f32 $0, $1;", mean, result_types=f32)
+        for chunk, inside, column, value, rounded, factor in mine:
+            normed = arith.mulf(rounded, vector.broadcast(wide, inverse))
+            normed = arith.mulf(
+                arith.extf(wide, arith.truncf(narrow, normed)), arith.extf(wide, arith.truncf(narrow, factor))
+            )
+            normed = arith.truncf(narrow, normed)
+            with utils.when(inside):
+                llvm.store(value, utils.getelementptr(utils.memref_ptr(out), [column], kind))
+                target = utils.memref_ptr(rows)
+                if not permuted:
+                    llvm.store(normed, utils.getelementptr(target, [column], kind))
+                    continue
+                # Of 16 columns, the half h has 4t + 2h' + j with t = 2h and 2h + 1: they go to 8h' + 2t + j.
+                pairs = [utils.vector_slice(normed, slice(2 * i, 2 * i + 2)) for i in range(4)]
+                odd = arith.remui(chunk, utils.c(2, i32))
+                place = arith.subi(column, arith.muli(odd, utils.c(4, i32)))
+                for later in range(2):
+                    four = utils.vector_concat([pairs[later], pairs[2 + later]])
+                    at = arith.addi(place, utils.c(8 * later, i32))
+                    llvm.store(four, utils.getelementptr(target, [at], kind))
+
+    add(source, parts, scale, out, rows, squares)
+
+
+def _sum_of_threads(value, squares, thread, threads: int, i32, f32):
+    """The sum of a float32 of each of so many threads, by way of `squares` in shared memory, one a warp."""
+    for distance in (16, 8, 4, 2, 1):
+        value = arith.addf(value, utils.shfl_bfly(value, distance))
+    shared = utils.memref_ptr(squares)
+    first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(thread, utils.c(32, i32)), utils.c(0, i32))
+    with utils.when(first):
+        llvm.store(value, utils.getelementptr(shared, [arith.divui(thread, utils.c(32, i32))], f32))
+    utils.inline_ptx(f"bar.sync 15, {threads};", convergent=True)
+    total = None
+    for warp in range(threads // 32):
+        piece = llvm.load(f32, utils.getelementptr(shared, [warp], f32))
+        total = piece if total is None else arith.addf(total, piece)
+    return total

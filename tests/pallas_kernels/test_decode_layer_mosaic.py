@@ -1,0 +1,58 @@
+"""The kernel of a decode layer against float64: in Mosaic's interpreter on a CPU, compiled on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+
+if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
+    pytest.skip("needs the jax of Mosaic's interpreter", allow_module_level=True)
+
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the detector found is nowhere public
+
+from pallas_kernels import decode_layer_mosaic, tuning
+from tests.pallas_kernels.decode_layers import EPS, expected, random_layer
+from tests.pallas_kernels.oracles import relative_error
+
+INTERPRET = jax.default_backend() == "cpu"
+PROGRAMS = 3 if INTERPRET else jax.devices()[0].core_count
+TOLERANCE = 8e-3
+
+
+@pytest.mark.parametrize(
+    ("m", "width", "heads", "ffn", "qkv", "depth", "blocks", "splits", "activation"),
+    [
+        (5, 256, 256, 384, 384, 64, (16, 128, 128), (2, 1, 3, 1), "silu"),
+        (5, 256, 256, 384, None, 128, (16, 128, 128), (2, 1, 3), "silu"),
+        (33, 256, 512, 512, 256, 128, (64, 256, 128), (2, 1, 2, 2), "gelu_tanh"),
+        (33, 256, 512, 512, None, 256, (64, 256, 128), (1, 1, 4), "silu"),
+        (64, 512, 256, 512, 768, 64, (64, 128, 256), (1, 1, 2, 1), "silu"),
+        (17, 384, 128, 640, 512, 128, (32, 128, 128), (1, 1, 5, 3), "gelu_tanh"),
+    ],
+)
+def test_layer(m, width, heads, ffn, qkv, depth, blocks, splits, activation):
+    """Two in a chain, as far as one follows; the second has other norms. Programs and warp groups never race for memory."""
+    layer = random_layer(np.random.default_rng(m), m, width, heads, ffn, qkv, depth)
+    configs = tuple(tuning.mosaic_config(*blocks, split, code="fast8") for split in splits)
+    counter = jnp.zeros((1,), jnp.int32)
+    for number in range(2 if qkv else 1):
+        residual, result, counter = decode_layer_mosaic.decode_layer(
+            layer.parts,
+            layer.residual,
+            layer.norms,
+            number,
+            counter,
+            layer.matrices,
+            configs=configs,
+            programs=PROGRAMS,
+            eps=EPS,
+            activation=activation,
+            interpret=INTERPRET,
+        )
+        want_residual, want = expected(layer, number, activation)
+        assert relative_error(np.asarray(residual, np.float64), want_residual) < TOLERANCE
+        result = np.asarray(result, np.float64)
+        assert relative_error(result.sum(0) if qkv else result, want) < TOLERANCE
+    assert not INTERPRET or not gpu_callbacks.get_races().races_found
