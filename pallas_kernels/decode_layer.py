@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 from pallas_kernels import dispatch, gated_activation, reference, tuning
 from pallas_kernels.add_rms_norm import reference as add_rms_norm
 from pallas_kernels.codes import dequantize
-from pallas_kernels.rows import AttentionParts, Rows
+from pallas_kernels.rows import AttentionParts, Rows, merge_parts
 
 CODE = "fast8"
 """Of the weights' bytes, see `codes.py`."""
@@ -108,16 +108,6 @@ def _one_part(rows: Float[Array, "M HHd"]) -> AttentionParts:
     return AttentionParts(stats, values)
 
 
-def _merged(parts: AttentionParts, residual: Float[Array, "M D"]) -> Float[Array, "M HHd"]:
-    """The heads' outputs: sum_s 2^(max_s - max) values_s / sum_s 2^(max_s - max) sum_s."""
-    highest, total = parts.stats[..., 0], parts.stats[..., 1]
-    weights = jnp.exp2(highest - highest.max(axis=1, keepdims=True))
-    seen = weights > 0
-    values = jnp.where(seen[..., None], parts.values, 0) * weights[..., None]
-    out = values.sum(axis=1) / (jnp.where(seen, total, 0) * weights).sum(axis=1, keepdims=True)
-    return out.reshape(residual.shape[0], -1).astype(residual.dtype)
-
-
 def _reference(attended, residual, norms, matrices, counter, layer, eps, activation):
     """The jnp twin."""
     out, gate_up, down, *qkv = (dequantize(packed[0], scales[0].T, residual.dtype, CODE) for packed, scales in matrices)
@@ -125,8 +115,10 @@ def _reference(attended, residual, norms, matrices, counter, layer, eps, activat
     def product(x, weight):
         return reference.einsum_to(x.dtype, "mk,nk->mn", x, weight)[None]
 
-    rows = attended.plain if isinstance(attended, Rows) else _merged(attended, residual)
-    residual, rows = add_rms_norm(residual, product(rows, out), norms[0], layer, eps, 0.0, None, None, permuted=False)
+    rows = attended.plain if isinstance(attended, Rows) else merge_parts(attended).reshape(residual.shape[0], -1)
+    residual, rows = add_rms_norm(
+        residual, product(rows.astype(residual.dtype), out), norms[0], layer, eps, 0.0, None, None, permuted=False
+    )
     both = product(rows.plain, gate_up)
     sixteens = both.reshape(1, both.shape[1], -1, 2, 8)
     halves = jnp.moveaxis(sixteens, 3, 2).reshape(both.shape)

@@ -27,6 +27,15 @@ class AttentionParts(NamedTuple):
     """Each part's weighted values, not divided by that sum; anything where it has nothing to see."""
 
 
+def merge_parts(parts: AttentionParts) -> Float[Array, "MH Hd"]:
+    """The heads' outputs, float32: sum_s 2^(max_s - max) values_s / sum_s 2^(max_s - max) sum_s."""
+    highest, total = parts.stats[..., 0], parts.stats[..., 1]
+    weights = jnp.exp2(highest - highest.max(axis=1, keepdims=True))
+    seen = weights > 0
+    values = jnp.where(seen[..., None], parts.values, 0) * weights[..., None]
+    return values.sum(axis=1) / (jnp.where(seen, total, 0) * weights).sum(axis=1, keepdims=True)
+
+
 def permute_columns(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
     """x with every 16 columns reordered, (4t + 2h + j) -> (8h + 2t + j): what the wgmma form of `int4_matmul` reads."""
     m, k = x.shape
