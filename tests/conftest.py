@@ -19,7 +19,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Mosaic's interpreter runs every warp group in a thread of its own that XLA's CPU pool lends, and that sleeps until another one
 # arrives at a barrier: with a thread for each of two cores, the one that would arrive never starts, and the test hangs.
 if [int(part) for part in version("jax").split(".")[:2]] >= [0, 11]:
-    os.environ.setdefault("PJRT_NPROC", "16")
+    os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax
 
