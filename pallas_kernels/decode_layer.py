@@ -16,15 +16,12 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from pallas_kernels import dispatch, gated_activation, reference, tuning
 from pallas_kernels.add_rms_norm import reference as add_rms_norm
-from pallas_kernels.codes import dequantize
+from pallas_kernels.codes import LAYER_CODE, dequantize
 from pallas_kernels.rows import AttentionParts, Rows, merge_parts
-
-CODE = "fast8"
-"""Of the weights' bytes, see `codes.py`."""
 
 
 class LayerMatrix(NamedTuple):
-    """A matrix as this operation reads it; of gate_up, whose rows alternate, see `interleave_gate`."""
+    """A matrix as this operation reads it, in `codes.LAYER_CODE`; of gate_up, whose rows alternate, see `interleave_gate`."""
 
     packed: UInt8[Array, "1 N K"]
     scales: Float[Array, "1 K_g N"]
@@ -110,7 +107,9 @@ def _one_part(rows: Float[Array, "M HHd"]) -> AttentionParts:
 
 def _reference(attended, residual, norms, matrices, counter, layer, eps, activation):
     """The jnp twin."""
-    out, gate_up, down, *qkv = (dequantize(packed[0], scales[0].T, residual.dtype, CODE) for packed, scales in matrices)
+    out, gate_up, down, *qkv = (
+        dequantize(packed[0], scales[0].T, residual.dtype, LAYER_CODE) for packed, scales in matrices
+    )
 
     def product(x, weight):
         return reference.einsum_to(x.dtype, "mk,nk->mn", x, weight)[None]

@@ -33,6 +33,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.int4_matmul_mosaic import (
     COPY_REGISTERS,
     MULTIPLY_REGISTERS,
@@ -290,7 +291,7 @@ def _launch(
     for (packed, scales), config in zip(weights, configs, strict=True):
         n, k = packed.shape[1:]
         group = k // scales.shape[1]
-        plan = Plan(config, k // config.block_k, group, "fast8", 0, False, interpret, scales_by_group=True)
+        plan = Plan(config, k // config.block_k, group, LAYER_CODE, 0, False, interpret, scales_by_group=True)
         products.append(_Product(plan, n // config.block_n))
     layer = _Layer(tuple(products), programs, rows, eps, activation, interpret)
     left = [

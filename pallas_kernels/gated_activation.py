@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+IS_GELU = {"silu": False, "gelu_tanh": True}
+"""What the kernels know an activation by."""
 
 
 def gated_activation(

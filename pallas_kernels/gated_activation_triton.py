@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.add_rms_norm_triton import permuted_column
+from pallas_kernels.gated_activation import IS_GELU
 from pallas_kernels.rows import Rows
 
 BLOCK, WARPS = 1024, 4
-IS_GELU = {"silu": False, "gelu_tanh": True}
 
 
 @triton.jit

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import tuning
-from pallas_kernels.gated_activation_triton import IS_GELU, gate_times_up
+from pallas_kernels.gated_activation import IS_GELU
+from pallas_kernels.gated_activation_triton import gate_times_up
 
 
 @triton.jit

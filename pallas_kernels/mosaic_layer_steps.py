@@ -12,6 +12,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.gated_activation import ACTIVATIONS, IS_GELU
+from pallas_kernels.rows import AttentionParts, merge_parts, permute_columns
+
 
 def synchronize(counter, number, meeting: int, meetings: int, programs: int) -> None:
     """Count this program in, and wait until all `programs` of them have come to this meeting, one of `meetings` of the layer `number`.
@@ -88,13 +91,8 @@ def merge_heads(stats, values, out, programs: int, warpgroups: int, interpret: b
 
         @pl.when((lax.axis_index("warpgroup") == 0) & (lax.axis_index("program") == 0))
         def _():
-            highest, total = stats[:, :, 0], stats[:, :, 1]
-            weights = jnp.exp2(highest - jnp.max(highest, axis=1, keepdims=True))
-            seen = highest > -jnp.inf
-            parts = jnp.where(seen[..., None], values[...], 0) * weights[..., None]
-            merged = jnp.sum(parts, axis=1) / jnp.sum(jnp.where(seen, total, 0) * weights, axis=1, keepdims=True)
-            rows = merged.reshape(-1, width // 16, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(-1, width)
-            out[pl.ds(0, rows.shape[0])] = rows.astype(out.dtype)
+            rows = merge_parts(AttentionParts(stats[...], values[...])).reshape(-1, width)
+            out[pl.ds(0, rows.shape[0])] = permute_columns(rows).astype(out.dtype)
 
         return
 
@@ -166,15 +164,12 @@ def store_gated(sums, out, tile, activation: str, interpret: bool) -> None:
 
     The 32 results of a row of x go to columns 32 * `tile` and on, in the order of `rows.permute_columns`.
     """
-    gelu = {"silu": False, "gelu_tanh": True}[activation]
     if interpret:
         gate, up = jnp.moveaxis(sums.reshape(4, 2, 8, -1), 1, 0).reshape(2, 32, -1)
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate**3) if gelu else gate
-        gated = (gate / (1 + jnp.exp(-inner)) * up).astype(out.dtype)
-        gated = gated.reshape(2, 4, 2, 2, -1).transpose(0, 2, 1, 3, 4).reshape(32, -1)
-        out.at[:, pl.ds(32 * tile, 32)].T[...] = gated
+        gated = (ACTIVATIONS[activation](gate) * up).astype(out.dtype)
+        out[:, pl.ds(32 * tile, 32)] = permute_columns(gated.T)
         return
-    m, width = out.shape
+    (m, width), gelu = out.shape, IS_GELU[activation]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
     def store(_, sums, out):
@@ -232,8 +227,7 @@ def add_norm_row(
             out[...] = total
             wide = total.astype(jnp.float32)
             normed = (wide * lax.rsqrt(jnp.mean(wide * wide) + eps)).astype(rows.dtype) * scale[...].astype(rows.dtype)
-            order = normed.reshape(-1, 4, 2, 2).transpose(0, 2, 1, 3).reshape(normed.shape) if permuted else normed
-            rows[...] = order
+            rows[...] = permute_columns(normed[None])[0] if permuted else normed
 
         return
     (count, width) = parts.shape

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
 from pallas_kernels import dispatch
-from pallas_kernels.codes import PER_BYTE
+from pallas_kernels.codes import LAYER_CODE, PER_BYTE
 
 MMA, MMA_SWAPPED, WGMMA = "mma", "mma_swapped", "wgmma"  # forms of the product, see int4_matmul_triton.py
 MOSAIC = "mosaic"  # and int4_matmul_mosaic.py
@@ -170,7 +170,7 @@ def decode_layer_configs(
     block_m = max(16, power_of_two(m))
     splits = [max(1, min(multiprocessors * 128 // n, k // 128)) for n, k in shapes]
     splits[1] = 1
-    configs = tuple(mosaic_config(block_m, 128, 128, split, code="fast8") for split in splits)
+    configs = tuple(mosaic_config(block_m, 128, 128, split, code=LAYER_CODE) for split in splits)
     fits = all(config.fits(m, n, k, 64) for config, (n, k) in zip(configs, shapes, strict=True))
     return configs if fits and multiprocessors >= block_m else None
 

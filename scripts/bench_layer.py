@@ -8,6 +8,7 @@ of K, and the splits of K of out, gate_up, down and qkv; default: the kernel's o
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -23,7 +24,7 @@ from jax.experimental.mosaic.gpu import profiler
 from kernel_timing import BANDWIDTH_BYTES_PER_US
 
 from pallas_kernels import AttentionParts, LayerMatrix, decode_layer, decode_layer_mosaic, tuning
-from pallas_kernels.decode_layer import CODE
+from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.tuning import Int4Config, mosaic_config
 
 CHAIN, GROUP, HEAD, EPS = 4, 64, 128, 1e-5
@@ -95,19 +96,17 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[64])
     parser.add_argument("--blocks", nargs="+", default=[None], help="e.g. 128,128,4,1,4,2")
     options = parser.parse_args()
-    for name in options.shapes:
-        for m in options.rows:
-            for blocks in options.blocks:
-                shapes = layer_shapes(name)
-                configs = tuning.decode_layer_configs(m, tuple(shapes), jax.devices()[0].core_count)
-                if blocks is not None:
-                    block_n, block_k, *splits = map(int, blocks.split(","))
-                    tile = max(16, tuning.power_of_two(m)), block_n, block_k
-                    configs = tuple(mosaic_config(*tile, split, code=CODE) for split in splits)
-                if configs is None:
-                    raise SystemExit(f"bench_layer: the kernel cannot run {m} rows of {name}")
-                result = dict(measure(shapes, m, configs))
-                print(json.dumps({"shape": name, "m": m, "blocks": blocks, **result}), flush=True)
+    for name, m, blocks in itertools.product(options.shapes, options.rows, options.blocks):
+        shapes = layer_shapes(name)
+        configs = tuning.decode_layer_configs(m, tuple(shapes), jax.devices()[0].core_count)
+        if blocks is not None:
+            block_n, block_k, *splits = map(int, blocks.split(","))
+            tile = max(16, tuning.power_of_two(m)), block_n, block_k
+            configs = tuple(mosaic_config(*tile, split, code=LAYER_CODE) for split in splits)
+        if configs is None:
+            raise SystemExit(f"bench_layer: the kernel cannot run {m} rows of {name}")
+        result = dict(measure(shapes, m, configs))
+        print(json.dumps({"shape": name, "m": m, "blocks": blocks, **result}), flush=True)
 
 
 if __name__ == "__main__":

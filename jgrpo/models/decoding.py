@@ -23,7 +23,7 @@ from pallas_kernels import Rows, add_rms_norm, decode_layer
 Adapter = dict[str, tuple[Array, Array]]
 
 
-Attend = Callable[..., tuple[Any, Any]]
+AttendParts = Callable[..., tuple[Any, Any]]
 """Partial sums of qkv, without its bias, whether to permute the columns of the result, and whether to merge its parts (the default)
 -> (the heads' outputs as `Rows`, or their `AttentionParts`; whatever the caller keeps)."""
 
@@ -45,7 +45,7 @@ class DecodeLayers:
         index: int | Array,
         residual: Float[Array, "M D"],
         rows: Rows,
-        attend: Attend,
+        attend: AttendParts,
     ) -> tuple[Float[Array, "M D"], Rows, Any]:
         """(residual, its rows normed for what follows, whatever `attend` keeps)."""
         attended, kept = attend(self._product("qkv", index, rows), self._permuted("out", index, residual))
@@ -124,7 +124,7 @@ class FusedDecodeLayers(DecodeLayers):
         return Ahead(self._product("qkv", 0, super().enter(residual)), jnp.zeros((1,), jnp.int32))
 
     def layer(
-        self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: Attend
+        self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: AttendParts
     ) -> tuple[Float[Array, "M D"], Ahead, Any]:
         """(residual, what the next layer begins with, whatever `attend` keeps)."""
         attended, kept = attend(ahead.parts, False, merged=False)

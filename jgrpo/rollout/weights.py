@@ -39,7 +39,7 @@ MERGED_ROWS = 64
 """Rows from which auto prefers a merged copy: on an H200 a tenth to a quarter faster at 64 (docs/benchmarks.md), more with more rows."""
 MANY_ROWS, LARGE_COPY = 128, 4e9
 """Below so many rows, and from so many bytes of 16-bit weights on, auto takes the copy in 8 bits where its kernel runs. On an H200
-with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead."""
+with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead; all with a kernel for each matrix."""
 COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
 """Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
 LAYER_ORDER = ("out", "gate_up", "down", "qkv")
