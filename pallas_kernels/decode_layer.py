@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 from pallas_kernels import dispatch, gated_activation, reference, tuning
 from pallas_kernels.add_rms_norm import reference as add_rms_norm
 from pallas_kernels.codes import LAYER_CODE, dequantize
-from pallas_kernels.rows import AttentionParts, Rows, merge_parts
+from pallas_kernels.rows import AttentionParts, Rows, merge_parts, permute_columns
 
 
 class LayerMatrix(NamedTuple):
@@ -43,7 +43,7 @@ def decode_layer(
     """(residual, partial sums of the next layer's qkv, counter); of three matrices, (residual, its normed rows, counter).
 
     Args:
-      attended: what is to be merged to the heads' outputs, or those.
+      attended: what is to be merged to the heads' outputs, or those; the kernel reads permuted columns.
       norms: stacks of the norm in front of gate_up and of the one that follows the layer; RMS norms, no offset.
       matrices: out, gate_up, down and, of a layer that is not the last, qkv of the next one.
       counter: [0] for layer 0, then what the layer before returned; the kernel's programs meet there.
@@ -67,7 +67,7 @@ def decode_layer(
     from pallas_kernels.decode_layer_mosaic import decode_layer as fused
 
     return fused(
-        _one_part(attended.plain) if isinstance(attended, Rows) else attended,
+        _permuted(attended) if isinstance(attended, Rows) else attended,
         residual,
         norms,
         layer,
@@ -98,11 +98,8 @@ def interleave_gate(gate_up: Array) -> Array:
     return gate_up.reshape(*lead, 2, rows // 16, 8, width).swapaxes(-4, -3).reshape(gate_up.shape)
 
 
-def _one_part(rows: Float[Array, "M HHd"]) -> AttentionParts:
-    """Rows as what merges to them; the heads' size does not matter."""
-    values = rows.astype(jnp.float32).reshape(-1, 1, 64)
-    stats = jnp.broadcast_to(jnp.asarray([0.0, 1.0], jnp.float32), (values.shape[0], 1, 2))
-    return AttentionParts(stats, values)
+def _permuted(rows: Rows) -> Float[Array, "M HHd"]:
+    return permute_columns(rows.plain) if rows.permuted is None else rows.permuted
 
 
 def _reference(attended, residual, norms, matrices, counter, layer, eps, activation):

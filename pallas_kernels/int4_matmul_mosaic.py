@@ -18,7 +18,7 @@ left operand from shared memory.
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -52,8 +52,6 @@ class Plan(NamedTuple):
     rank: int
     b_stacked: bool
     interpret: bool
-    scales_by_group: bool = False
-    """Whether scales are [K/G, N]: a block's are then read once, and by neighbouring threads from neighbouring places."""
 
     @property
     def warpgroups(self) -> int:
@@ -75,7 +73,7 @@ class Plan(NamedTuple):
         return index * self.steps // self.config.split_k, (index + 1) * self.steps // self.config.split_k
 
 
-class Ring(NamedTuple):
+class _Ring(NamedTuple):
     """Slots in shared memory that are filled with blocks and multiplied, and their barriers."""
 
     x: Any
@@ -97,7 +95,7 @@ class _Refs(NamedTuple):
     xa: Any
     b: Any
     out: Any
-    ring: Ring
+    ring: _Ring
     adapter: dict
     """Its x A^T in shared memory and the barrier that says so, or nothing."""
 
@@ -144,9 +142,7 @@ def _multiply_blocks(plan: Plan, refs: _Refs) -> None:
         plgpu.barrier_arrive(refs.adapter["ready"])
 
     def all_blocks(sums):
-        first, last = plan.split(split)
-
-        multiply_blocks(plan, refs.ring, sums, first, last, 0)
+        _multiply_ring(plan, refs.ring, sums, *plan.split(split))
 
         @has_adapter
         def _():
@@ -167,35 +163,36 @@ def _columns_in_flight(block_m: int, groups: int) -> int:
     return 256 if block_m <= 32 else 128 if block_m <= 64 else 64
 
 
-def multiply_blocks(plan: Plan, ring: Ring, sums, first, last, used) -> None:
-    """Add the products of blocks `first` to `last`, the warp group's rows of their weights; `used` of the ring were before.
+def _multiply_ring(plan: Plan, ring: _Ring, sums, first, last) -> None:
+    """Add the products of blocks `first` to `last`, the warp group's rows of their weights.
 
     The tensor core ends a block before the next one is dequantized: what it still reads in registers, the compiler protects within
     an iteration and not in the next (weights of one group a block came out wrong on an H200).
     """
     wait_every = max(1, _columns_in_flight(plan.config.block_m, plan.warpgroups) // plan.group)
+    rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
 
     @pl.loop(first, last)
     def _(step):
-        slot = lax.rem(used + step - first, plan.config.stages)
+        slot = lax.rem(step - first, plan.config.stages)
+
+        def scales(group):
+            return ring.scales.at[slot, rows, lax.rem(step * plan.groups, SCALES_READ) + group]
+
         plgpu.barrier_wait(ring.full.at[slot])
-        for index, weights in enumerate(_dequantized_groups(plan, ring, step, slot)):
-            _add_product(ring, sums, weights, ring.x.at[slot, :, pl.ds(index * plan.group, plan.group)])
+        for index, weights in enumerate(dequantized_groups(plan, ring.packed.at[slot, rows], scales)):
+            add_product(ring.left, sums, weights, ring.x.at[slot, :, pl.ds(index * plan.group, plan.group)])
             if (index + 1) % wait_every == 0 or index + 1 == plan.groups:
                 plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(ring.empty.at[slot])
 
 
-def _dequantized_groups(plan: Plan, ring: Ring, step, slot) -> Iterator[Any]:
-    own = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+def dequantized_groups(plan: Plan, packed, scales: Callable[[int], Any]) -> Iterator[Any]:
+    """The groups of a warp group's rows of a block, each [64, G]; `scales` gives the place of a group's [64]."""
     group_bytes = plan.group // PER_BYTE[plan.code]
-    words = plgpu.load(ring.packed.at[slot, own], layout=plgpu.Layout.WGMMA_8BIT)
+    words = plgpu.load(packed, layout=plgpu.Layout.WGMMA_8BIT)
     for index in range(plan.groups):
-        if plan.scales_by_group:
-            scale = ring.scales.at[slot, index, own]
-        else:
-            scale = ring.scales.at[slot, own, lax.rem(step * plan.groups, SCALES_READ) + index]
-        scale = plgpu.load(scale, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        scale = plgpu.load(scales(index), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         yield dequantize(words[:, index * group_bytes : (index + 1) * group_bytes], scale, plan.code, plan.interpret)
 
 
@@ -205,34 +202,33 @@ def _add_adapter(plan: Plan, refs: _Refs, sums, rows_n) -> None:
     for column in range(0, plan.rank, width):
         tile = pl.ds(column, width)
         b = plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False)
-        _add_product(refs.ring, sums, b, refs.adapter["xa"].at[:, tile])
+        add_product(refs.ring.left, sums, b, refs.adapter["xa"].at[:, tile])
         plgpu.wgmma_wait(0)
 
 
-def _add_product(ring: Ring, sums, left, right) -> None:
-    """sums += left @ right^T, begun but not awaited; `left` is in registers."""
-    if ring.left is not None:
-        shared = ring.left.at[lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
+def add_product(memory, sums, left, right) -> None:
+    """sums += left @ right^T, begun but not awaited; `left` is in registers, and of the interpreter first put into `memory`."""
+    if memory is not None:
+        shared = memory.at[lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
         shared[...] = left
         plgpu.commit_smem()
         left = shared
     plgpu.wgmma(sums, left, right.T)
 
 
-def ring_memory(plan: Plan, x_dtype, packed_dtype, scales_dtype) -> Ring:
-    """What `Ring` has."""
+def _ring_memory(plan: Plan, x_dtype, packed_dtype, scales_dtype) -> _Ring:
+    """What `_Ring` has."""
     config = plan.config
     stages, left = config.stages, None
-    scales = (plan.groups, config.block_n) if plan.scales_by_group else (config.block_n, SCALES_READ)
     if plan.interpret:
         width, transforms = max(plan.group, plan.rank), tiled(swizzle_bytes(plan.rank or plan.group), 2)
         left = plgpu.SMEM((plan.warpgroups, ROWS, width), x_dtype, transforms=transforms)
-    return Ring(
+    return _Ring(
         plgpu.SMEM((stages, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2)),
         plgpu.SMEM(
             (stages, config.block_n, plan.block_bytes), packed_dtype, transforms=tiled(min(plan.block_bytes, 128), 1)
         ),
-        plgpu.SMEM((stages, *scales), scales_dtype),
+        plgpu.SMEM((stages, config.block_n, SCALES_READ), scales_dtype),
         plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=stages),
         left,
@@ -282,7 +278,7 @@ def _launch(
         grid_names=("m", "n", "split"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=(ring_memory(plan, x.dtype, packed.dtype, scales.dtype), _adapter_memory(plan, x.dtype)),
+        scratch_types=(_ring_memory(plan, x.dtype, packed.dtype, scales.dtype), _adapter_memory(plan, x.dtype)),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),

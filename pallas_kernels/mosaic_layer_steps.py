@@ -6,7 +6,6 @@
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
@@ -16,23 +15,23 @@ from pallas_kernels.gated_activation import ACTIVATIONS, IS_GELU
 from pallas_kernels.rows import AttentionParts, merge_parts, permute_columns
 
 
-def synchronize(counter, number, meeting: int, meetings: int, programs: int) -> None:
-    """Count this program in, and wait until all `programs` of them have come to this meeting, one of `meetings` of the layer `number`.
+def synchronize(counter, count, meetings: int) -> None:
+    """Count this program in, for so many meetings, and wait until all are: until `counter` has come to `count`, int32 [].
 
-    What their warp groups wrote before may then be read, by loads and by copies. Programs that wait for seconds end with an error.
+    What their warp groups wrote before may then be read, by loads. Programs that wait for seconds end with an error.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def meet(_, counter, number):
-        i32 = ir.IntegerType.get_signless(32)
-        done = llvm.load(i32, utils.memref_ptr(number))
-        target = arith.addi(arith.muli(done, utils.c(meetings, i32)), utils.c(meeting + 1, i32))
-        chosen = arith.extui(i32, utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP))
-        utils.inline_ptx(_MEET, utils.memref_ptr(counter), arith.muli(target, utils.c(programs, i32)), chosen)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def meet(_, counter, count):
+        chosen = arith.extui(
+            ir.IntegerType.get_signless(32), utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
+        )
+        utils.inline_ptx(
+            _MEET, utils.memref_ptr(counter), count.registers.item(), chosen, utils.c(meetings, chosen.type)
+        )
         utils.warpgroup_barrier()
-        utils.inline_ptx("fence.proxy.async;")
 
-    meet(counter, number)
+    meet(counter, count)
 
 
 _MEET = """{
@@ -41,7 +40,7 @@ _MEET = """{
 mov.b32 polls, 0;
 setp.eq.b32 other, $2, 0;
 @other bra met;
-red.release.gpu.global.add.u32 [$0], 1;
+red.release.gpu.global.add.u32 [$0], $3;
 again:
 ld.acquire.gpu.global.u32 count, [$0];
 add.u32 polls, polls, 1;
@@ -53,14 +52,17 @@ met:
 }"""
 
 
-def publish(interpret: bool) -> None:
-    """Let copies (TMA) of other programs read what this thread stored, once they have synchronized."""
+def order_copies(interpret: bool) -> None:
+    """Let copies (TMA) that this thread begins read what other programs stored before the last meeting.
+
+    They are of another proxy than loads and stores; one fence between a store and the copy is enough, wherever on the way it is.
+    """
     if interpret:
         return
 
     @plgpu.inline_mgpu()
     def fence(_):
-        utils.inline_ptx("fence.proxy.async;")
+        utils.inline_ptx("fence.proxy.async.global;")
 
     fence()
 
@@ -175,23 +177,32 @@ def store_gated(sums, out, tile, activation: str, interpret: bool) -> None:
     def store(_, sums, out):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         kind, target = ir.MemRefType(out.type).element_type, utils.memref_ptr(out)
+        pair = ir.VectorType.get((2,), kind)
         lane = arith.remui(utils.thread_idx(), utils.c(128, i32))
-        # Thread 32 w + 4 r + t of a warp group has row 8 w + r of the results, and of x the rows 8 b + 2 t and the next.
-        column = arith.divui(lane, utils.c(4, i32))
-        first = arith.muli(arith.remui(lane, utils.c(4, i32)), utils.c(2, i32))
+        # Thread 32 w + 4 r + t of a warp group has column 8 w + r of the results in rows 8 b + 2 t and the next. Of those, it and
+        # the one of r xor 1 exchange one, so that each stores both columns of one row.
+        column, odd = arith.divui(lane, utils.c(4, i32)), _digit(lane, 4, 2, 1, i32)
+        row = arith.addi(_digit(lane, 1, 4, 2, i32), odd)
+        chosen = arith.select(
+            arith.cmpi(arith.CmpIPredicate.eq, odd, utils.c(0, i32)), utils.c(0x5410, i32), utils.c(0x3276, i32)
+        )
 
         # Column 16 c + 4 t + 2 h + j goes to 16 c + 8 h + 2 t + j.
-        pieces = [_digit(column, *of, i32) for of in ((16, 2, 16), (4, 4, 2), (2, 2, 8), (1, 2, 1))]
-        column = pieces[0]
+        pieces = [_digit(column, *of, i32) for of in ((16, 2, 16), (4, 4, 2), (2, 2, 8))]
+        offset = arith.addi(arith.muli(row, utils.c(width, i32)), pieces[0])
         for piece in pieces[1:]:
-            column = arith.addi(column, piece)
-        offset = arith.addi(arith.muli(first, utils.c(width, i32)), column)
+            offset = arith.addi(offset, piece)
         registers = sums.registers.reshape(m // 8, 2)
-        for block, half in np.ndindex(m // 8, 2):
-            gate, up = (vector.extract(register, [], [half]) for register in registers[block])
-            value = arith.truncf(kind, _gate_times_up(gate, up, gelu, f32))
-            place = arith.addi(offset, utils.c((8 * block + half) * width, i32))
-            llvm.store(value, utils.getelementptr(target, [place], kind))
+        for block in range(m // 8):
+            values = []
+            for half in range(2):
+                gate, up = (vector.extract(register, [], [half]) for register in registers[block])
+                values.append(arith.truncf(kind, _gate_times_up(gate, up, gelu, f32)))
+            own = utils.bitcast(vector.from_elements(pair, values), i32)
+            other = utils.shfl_bfly(own, 4)
+            both = utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", own, other, chosen, result_types=i32)
+            place = arith.addi(offset, utils.c(8 * block * width, i32))
+            llvm.store(utils.bitcast(both, pair), utils.getelementptr(target, [place], kind))
 
     store(sums, out.at[:, pl.ds(32 * tile, 32)])
 

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
 from pallas_kernels import dispatch
-from pallas_kernels.codes import LAYER_CODE, PER_BYTE
+from pallas_kernels.codes import PER_BYTE
 
 MMA, MMA_SWAPPED, WGMMA = "mma", "mma_swapped", "wgmma"  # forms of the product, see int4_matmul_triton.py
 MOSAIC = "mosaic"  # and int4_matmul_mosaic.py
 READS_PERMUTED = (WGMMA, MOSAIC)
+LAYER_BLOCK, LAYER_X_STAGES = 128, 4
+"""Rows and columns of a block of weights of `decode_layer`, and slots of the ring that brings its rows."""
 
 
 @dataclass(frozen=True)
@@ -159,18 +161,25 @@ def int8_config(m: int, n: int, k: int, group: int) -> Int4Config | None:
     return config if config.fits(m, n, k, group) else None
 
 
+def layer_config(block_m: int, split_k: int) -> Int4Config:
+    """Of a product of `decode_layer`, with as many slots for weights as fit beside those for rows of x."""
+    slot = LAYER_BLOCK * (LAYER_BLOCK + 4)  # two scales a row at least, of 2 bytes
+    room = SHARED_BYTES - 1024 - 2 * LAYER_X_STAGES * block_m * LAYER_BLOCK
+    return Int4Config(block_m, LAYER_BLOCK, LAYER_BLOCK, split_k, MOSAIC, warps=8, stages=min(12, room // slot))
+
+
 def decode_layer_configs(
     m: int, shapes: tuple[tuple[int, int], ...], multiprocessors: int
 ) -> tuple[Int4Config, ...] | None:
     """The blocks of a layer's products, in order of `shapes` = (N, K), gate_up the second; None: the kernel cannot run these.
 
-    Tiles of 128 weights, K split as often as leaves no more units than programs, of gate_up not at all, because its gate needs whole
+    K is split as often as leaves no more units than programs, of gate_up not at all, because its gate needs whole
     sums. On an H200 no other choice that was tried was faster (docs/benchmarks.md).
     """
     block_m = max(16, power_of_two(m))
-    splits = [max(1, min(multiprocessors * 128 // n, k // 128)) for n, k in shapes]
+    splits = [max(1, min(multiprocessors * LAYER_BLOCK // n, k // LAYER_BLOCK)) for n, k in shapes]
     splits[1] = 1
-    configs = tuple(mosaic_config(block_m, 128, 128, split, code=LAYER_CODE) for split in splits)
+    configs = tuple(layer_config(block_m, split) for split in splits)
     fits = all(config.fits(m, n, k, 64) for config, (n, k) in zip(configs, shapes, strict=True))
     return configs if fits and multiprocessors >= block_m else None
 

@@ -127,7 +127,7 @@ class FusedDecodeLayers(DecodeLayers):
         self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: AttendParts
     ) -> tuple[Float[Array, "M D"], Ahead, Any]:
         """(residual, what the next layer begins with, whatever `attend` keeps)."""
-        attended, kept = attend(ahead.parts, False, merged=False)
+        attended, kept = attend(ahead.parts, True, merged=False)
         residual, parts, counter = decode_layer(
             attended,
             residual,

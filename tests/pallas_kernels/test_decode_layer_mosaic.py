@@ -13,6 +13,7 @@ if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the detector found is nowhere public
 
 from pallas_kernels import decode_layer_mosaic, tuning
+from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels.decode_layers import EPS, expected, random_layer
 from tests.pallas_kernels.oracles import relative_error
 
@@ -22,31 +23,44 @@ TOLERANCE = 8e-3
 
 
 @pytest.mark.parametrize(
-    ("m", "width", "heads", "ffn", "qkv", "depth", "blocks", "splits", "activation"),
+    ("m", "width", "heads", "ffn", "qkv", "depth", "splits", "activation"),
     [
-        (5, 256, 256, 384, 384, 64, (16, 128, 128), (2, 1, 3, 1), "silu"),
-        (5, 256, 256, 384, None, 128, (16, 128, 128), (2, 1, 3), "silu"),
-        (33, 256, 512, 512, 256, 128, (64, 256, 128), (2, 1, 2, 2), "gelu_tanh"),
-        (33, 256, 512, 512, None, 256, (64, 256, 128), (1, 1, 4), "silu"),
-        (64, 512, 256, 512, 768, 64, (64, 128, 256), (1, 1, 2, 1), "silu"),
-        (17, 384, 128, 640, 512, 128, (32, 128, 128), (1, 1, 5, 3), "gelu_tanh"),
+        (5, 256, 256, 384, 384, 64, (2, 1, 3, 1), "silu"),
+        (5, 256, 256, 384, None, 128, (2, 1, 3), "silu"),
+        (33, 256, 512, 512, 256, 128, (2, 1, 2, 2), "gelu_tanh"),
+        (33, 256, 512, 512, None, 256, (1, 1, 4), "silu"),
+        (64, 512, 256, 512, 768, 64, (1, 1, 2, 1), "silu"),
+        (17, 384, 128, 640, 512, 128, (1, 1, 5, 3), "gelu_tanh"),
+        (64, 256, 384, 384, 384, None, (3, 1, 1, 2), "silu"),
+        (9, 256, 256, 384, None, None, (1, 1, 3), "silu"),
     ],
 )
-def test_layer(m, width, heads, ffn, qkv, depth, blocks, splits, activation):
+def test_layer(m, width, heads, ffn, qkv, depth, splits, activation):
+    """depth: of the heads of an attention in parts; None: its rows are merged."""
+    _check(m, width, heads, ffn, qkv, depth, splits, activation, PROGRAMS)
+
+
+@pytest.mark.parametrize("qkv", [384, None])
+def test_programs_without_work_keep_pace(qkv):
+    """Seven programs: one has no tile of any product, and two no row to norm."""
+    _check(5, 256, 256, 384, qkv, 64, (2, 1, 3, 1)[: 4 if qkv else 3], "silu", 7 if INTERPRET else PROGRAMS)
+
+
+def _check(m, width, heads, ffn, qkv, depth, splits, activation, programs):
     """Two in a chain, as far as one follows; the second has other norms. Programs and warp groups never race for memory."""
     layer = random_layer(np.random.default_rng(m), m, width, heads, ffn, qkv, depth)
-    configs = tuple(tuning.mosaic_config(*blocks, split, code="fast8") for split in splits)
+    configs = tuple(tuning.layer_config(max(16, tuning.power_of_two(m)), split) for split in splits)
     counter = jnp.zeros((1,), jnp.int32)
     for number in range(2 if qkv else 1):
         residual, result, counter = decode_layer_mosaic.decode_layer(
-            layer.parts,
+            permute_columns(layer.attended) if layer.parts is None else layer.parts,
             layer.residual,
             layer.norms,
             number,
             counter,
             layer.matrices,
             configs=configs,
-            programs=PROGRAMS,
+            programs=programs,
             eps=EPS,
             activation=activation,
             interpret=INTERPRET,
