@@ -1,4 +1,4 @@
-"""Steps of `decode_layer_mosaic.py` written in Mosaic GPU's instructions; its interpreter cannot run them, so each that computes has a twin in jnp."""
+"""Steps of `mosaic_layer_roles.py` written in Mosaic GPU's instructions; its interpreter cannot run them, so each that computes has a twin in jnp."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
