@@ -5,7 +5,7 @@
     PYTHONPATH=. python scripts/bench_rollout.py --layers loop unrolled --profile
     PYTHONPATH=. python scripts/bench_rollout.py --weights int4 bf16 --kv auto int8 fp8 --gap --logit-scale 5
     PYTHONPATH=. python scripts/bench_rollout.py --weights bf16 --prompts 32 --top-k 0 50 --top-p 1 0.95 --min-p 0 0.05
-    PYTHONPATH=. python scripts/bench_rollout.py --preset tiny --dtype float32 --kv float32 --new-tokens 32
+    PYTHONPATH=. python scripts/bench_rollout.py --preset tiny --dtype float32 --new-tokens 32
 
 One JSON line for every combination of what takes several values, then a table in Markdown. A run is
 `jgrpo.rollout.generate` from prompts to tokens with their log-probabilities; the time includes the prefill and, for the
