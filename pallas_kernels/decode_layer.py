@@ -52,7 +52,7 @@ def decode_layer(
       implementation: "reference", "mosaic", or None for the kernel where it runs.
 
     Raises:
-      ValueError: the implementation is unknown, or the kernel was asked for and cannot run here.
+      ValueError: the implementation is unknown, the kernel was asked for and cannot run here, or it cannot merge heads of that size.
     """
     m, shapes = residual.shape[0], tuple(matrix.packed.shape[1:] for matrix in matrices)
     configs = _configs(m, shapes, residual.dtype, matrices[0].scales.dtype)
@@ -64,10 +64,11 @@ def decode_layer(
         raise ValueError(f"decode_layer: the kernel cannot run {m} rows with matrices {shapes} here")
     if configs is None or implementation == dispatch.REFERENCE:
         return _reference(attended, residual, norms, matrices, counter, layer, eps, activation)
+    given = _readable(attended)
     from pallas_kernels.decode_layer_mosaic import decode_layer as fused
 
     return fused(
-        _permuted(attended) if isinstance(attended, Rows) else attended,
+        given,
         residual,
         norms,
         layer,
@@ -98,8 +99,15 @@ def interleave_gate(gate_up: Array) -> Array:
     return gate_up.reshape(*lead, 2, rows // 16, 8, width).swapaxes(-4, -3).reshape(gate_up.shape)
 
 
-def _permuted(rows: Rows) -> Float[Array, "M HHd"]:
-    return permute_columns(rows.plain) if rows.permuted is None else rows.permuted
+def _readable(attended: Rows | AttentionParts) -> Float[Array, "M HHd"] | AttentionParts:
+    """What the kernel reads: permuted rows, or parts of heads that it can merge."""
+    if isinstance(attended, Rows):
+        return permute_columns(attended.plain) if attended.permuted is None else attended.permuted
+    if (size := attended.values.shape[-1]) not in dispatch.ATTENTION_HEAD_DIMS:
+        raise ValueError(
+            f"decode_layer: the kernel merges heads of {dispatch.ATTENTION_HEAD_DIMS}, got {size}; give it merged Rows"
+        )
+    return attended
 
 
 def _reference(attended, residual, norms, matrices, counter, layer, eps, activation):

@@ -81,10 +81,10 @@ def _launch(
     outputs = [*left, normed, normed, normed, *([merged] if merges else [])]
 
     def kernel(*refs):
-        given, inputs, left, rows, memory = _cut(refs, 1 + merges, 5 + 2 * len(products), len(products), 3 + merges)
+        given, inputs, left, stored, memory = _cut(refs, 1 + merges, 5 + 2 * len(products), len(products), 3 + merges)
         residual, post_norm, following_norm, number, counter, *flat = inputs
-        residual_out, after_out, after_down, *merged = rows
-        x = ((merged or given)[0], after_out, left[1], after_down)
+        residual_out, after_out, after_down, *to_merge = stored
+        x = ((to_merge or given)[0], after_out, left[1], after_down)
         operands = [Operands(*of) for of in zip(x, flat[::2], flat[1::2], left, strict=False)]
         ours = Refs(
             AttentionParts(*given) if merges else None,

@@ -43,6 +43,22 @@ def test_what_cannot_run_is_said():
         decode_layer(*arguments, **how, implementation="mosaic")
 
 
+def test_heads_that_the_kernel_cannot_merge_are_refused(monkeypatch):
+    layer = random_layer(np.random.default_rng(0), 5, 128, 128, 128, None, depth=32)
+    monkeypatch.setattr(dispatch, "current_device", lambda: HOPPER)
+    with pytest.raises(ValueError, match=r"merges heads of \(64, 128, 256\), got 32; give it merged Rows"):
+        decode_layer(
+            layer.parts,
+            layer.residual,
+            layer.norms,
+            layer.matrices,
+            jnp.zeros((1,), jnp.int32),
+            layer=0,
+            eps=EPS,
+            activation="silu",
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "m", "shapes", "runs"),
     [
