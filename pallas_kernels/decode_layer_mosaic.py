@@ -37,7 +37,17 @@ from jax import lax
 from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.int4_matmul_mosaic import Plan
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
-from pallas_kernels.mosaic_layer_roles import Layer, Operands, Product, Refs, Slots, copy_weights, copy_x, multiply
+from pallas_kernels.mosaic_layer_roles import (
+    Handed,
+    Layer,
+    Operands,
+    Product,
+    Refs,
+    Slots,
+    copy_weights,
+    copy_x,
+    multiply,
+)
 from pallas_kernels.rows import AttentionParts
 from pallas_kernels.tuning import LAYER_X_STAGES, Int4Config
 
@@ -68,7 +78,7 @@ def _launch(
         n, k = packed.shape[1:]
         group = k // scales.shape[1]
         plan = Plan(config, k // config.block_k, group, LAYER_CODE, 0, False, interpret)
-        products.append(Product(plan, n // config.block_n))
+        products.append(Product(plan, n // config.block_n, gated=len(products) == 1))
     layer = Layer(tuple(products), programs, rows, eps, activation, interpret)
     left = [
         jax.ShapeDtypeStruct((c.split_k, m, packed.shape[1]), jnp.float32)
@@ -146,21 +156,25 @@ def _launch(
 
 
 def _ring_memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
-    """What `Refs.weights`, `x` and `left` have."""
-    plan, left = layer.products[0].plan, None
-    config, stages = plan.config, plan.config.stages
+    """What `Refs.weights`, `x`, `left` and `handed` have."""
+    plan, left, handed = layer.products[0].plan, None, None
+    config, stages = plan.config, layer.stages
 
-    def slots(count: int, *data) -> Slots:
-        full = plgpu.Barrier(num_arrivals=len(data), num_barriers=count)
+    def slots(count: int, copies: int, *data) -> Slots:
+        full = plgpu.Barrier(num_arrivals=copies, num_barriers=count)
         return Slots(data, full, plgpu.Barrier(num_arrivals=layer.warpgroups, num_barriers=count))
 
     packed = plgpu.SMEM((stages, config.block_n, plan.block_bytes), packed_dtype, transforms=tiled(plan.block_bytes, 1))
-    scales = plgpu.SMEM((stages, plan.groups, config.block_n), scales_dtype)
+    parts = layer.weight_copies // 2
+    scales = plgpu.SMEM((stages, parts, plan.groups, config.block_n // parts), scales_dtype)
     x = plgpu.SMEM((LAYER_X_STAGES, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2))
     if layer.interpret:
         shape = (layer.warpgroups, ROWS, plan.group)
         left = plgpu.SMEM(shape, x_dtype, transforms=tiled(swizzle_bytes(plan.group), 2))
-    return slots(stages, packed, scales), slots(LAYER_X_STAGES, x), left
+    if layer.has_halves:
+        # Eight columns more than it needs: threads that access it together meet other banks.
+        handed = Handed(plgpu.SMEM((ROWS, config.block_m + 8), jnp.float32), plgpu.Barrier(num_arrivals=1))
+    return slots(stages, layer.weight_copies, packed, scales), slots(LAYER_X_STAGES, 1, x), left, handed
 
 
 def _cut(refs: tuple, *sizes: int) -> Iterator[tuple]:

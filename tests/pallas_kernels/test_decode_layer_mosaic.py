@@ -46,6 +46,21 @@ def test_programs_without_work_keep_pace(qkv):
     _check(5, 256, 256, 384, qkv, 64, (2, 1, 3, 1)[: 4 if qkv else 3], "silu", 7 if INTERPRET else PROGRAMS)
 
 
+@pytest.mark.parametrize(
+    ("m", "width", "ffn", "depth", "splits", "programs"),
+    [
+        (9, 512, 640, None, (1, 1, 5, 1), 3),
+        (64, 256, 640, 64, (2, 1, 1, 1), 3),
+        (33, 768, 128, None, (1, 1, 1, 2), 5),
+    ],
+)
+def test_half_tiles(m, width, ffn, depth, splits, programs):
+    """Ten tiles of gate and up for three programs: in a fourth turn two of them take half of the last one; or two tiles, all as halves."""
+    if not INTERPRET:
+        programs, ffn = PROGRAMS, 64 * (PROGRAMS + 4) if ffn == 640 else ffn
+    _check(m, width, 256, ffn, 384, depth, splits, "silu", programs)
+
+
 def _check(m, width, heads, ffn, qkv, depth, splits, activation, programs):
     """Two in a chain, as far as one follows; the second has other norms. Programs and warp groups never race for memory."""
     layer = random_layer(np.random.default_rng(m), m, width, heads, ffn, qkv, depth)
