@@ -12,6 +12,9 @@ in the first K split.
 
 Mosaic's interpreter (jax >= 0.11, on a CPU) runs the same code but for what `mosaic_instructions.py` holds, and takes the
 left operand from shared memory.
+
+A product with more tiles of weights than the GPU has multiprocessors, like a head's, has one program for each of these: it takes tiles
+in turn, and the next one's blocks arrive while it ends the last one.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -29,7 +32,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.codes import PER_BYTE, group_size
 from pallas_kernels.mosaic_instructions import ROWS, dequantize, sum_parts, swizzle_bytes, tiled
 
@@ -52,6 +55,10 @@ class Plan(NamedTuple):
     rank: int
     b_stacked: bool
     interpret: bool
+    tiles: int = 1
+    """Of rows of weights."""
+    programs: int = 0
+    """That share the tiles of one split and tile of x, each several in turn; 0: one for each."""
 
     @property
     def warpgroups(self) -> int:
@@ -72,6 +79,20 @@ class Plan(NamedTuple):
         """The first block of a K split, and the one after its last."""
         # Not `//`: Mosaic's lowering of its signs took a third of a rollout's.
         return tuple(lax.div(jnp.int32(end * self.steps), jnp.int32(self.config.split_k)) for end in (index, index + 1))
+
+    def turns(self) -> Any:
+        """Tiles that this program takes."""
+        left = self.tiles - lax.axis_index("n")
+        return lax.div(left + self.programs - 1, self.programs) if self.programs else 1
+
+    def each_tile(self, body: "Callable[[Any, Any], None]") -> None:
+        """Call `body` with each of the program's tiles, and how many blocks it had before."""
+        first = lax.axis_index("n")
+        if not self.programs:
+            body(first, 0)
+        else:
+            loop = pl.loop(0, self.turns())
+            loop(lambda turn: body(first + turn * self.programs, turn * self.steps))
 
 
 class _Ring(NamedTuple):
@@ -106,34 +127,37 @@ def _copy_blocks(plan: Plan, refs: _Refs) -> None:
     config, layer = plan.config, refs.layer[0]
     first, last = plan.split(lax.axis_index("split"))
     rows_m = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
-    rows_n = pl.ds(lax.axis_index("n") * config.block_n, config.block_n)
 
-    @pl.loop(first, last)
-    def _(step):
-        slot = lax.rem(step - first, config.stages)
+    def copy_tile(tile, used):
+        rows_n, start = pl.ds(tile * config.block_n, config.block_n), used - first
 
-        @pl.when(step - first >= config.stages)
-        def _():
-            plgpu.barrier_wait(refs.ring.empty.at[slot])
+        @pl.loop(first, last)
+        def _(step):
+            slot = lax.rem(start + step, config.stages)
 
-        def copy(source, ring):
-            plgpu.copy_gmem_to_smem(source, ring.at[slot], refs.ring.full.at[slot])
+            @pl.when(start + step >= config.stages)
+            def _():
+                plgpu.barrier_wait(refs.ring.empty.at[slot])
 
-        copy(refs.packed.at[layer, rows_n, pl.ds(step * plan.block_bytes, plan.block_bytes)], refs.ring.packed)
-        scales = pl.ds(step * plan.groups // SCALES_READ * SCALES_READ, SCALES_READ)
-        copy(refs.scales.at[layer, rows_n, scales], refs.ring.scales)
-        copy(refs.x.at[rows_m, pl.ds(step * config.block_k, config.block_k)], refs.ring.x)
+            def copy(source, ring):
+                plgpu.copy_gmem_to_smem(source, ring.at[slot], refs.ring.full.at[slot])
 
-    @pl.loop(jnp.maximum(first, last - config.stages), last)
-    def _(step):
-        plgpu.barrier_wait(refs.ring.empty.at[lax.rem(step - first, config.stages)])
+            copy(refs.packed.at[layer, rows_n, pl.ds(step * plan.block_bytes, plan.block_bytes)], refs.ring.packed)
+            scales = pl.ds(step * plan.groups // SCALES_READ * SCALES_READ, SCALES_READ)
+            copy(refs.scales.at[layer, rows_n, scales], refs.ring.scales)
+            copy(refs.x.at[rows_m, pl.ds(step * config.block_k, config.block_k)], refs.ring.x)
+
+    plan.each_tile(copy_tile)
+    if plan.interpret:  # which asks who fills a ring to wait until it is read
+        used = plan.turns() * (last - first)
+        late = pl.loop(jnp.maximum(0, used - config.stages), used)
+        late(lambda block: plgpu.barrier_wait(refs.ring.empty.at[lax.rem(block, config.stages)]))
 
 
 def _multiply_blocks(plan: Plan, refs: _Refs) -> None:
     """Sums of a warp group's 64 rows of weights over its K split, and the adapter's product in the first one."""
     config, split, own = plan.config, lax.axis_index("split"), lax.axis_index("warpgroup")
     rows_m = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
-    rows_n = pl.ds(lax.axis_index("n") * config.block_n + own * ROWS, ROWS)
     has_adapter = pl.when(split == 0) if plan.rank else lambda _: None
 
     @has_adapter
@@ -142,19 +166,24 @@ def _multiply_blocks(plan: Plan, refs: _Refs) -> None:
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.adapter["ready"])
 
-    def all_blocks(sums):
-        _multiply_ring(plan, refs.ring, sums, *plan.split(split))
+    def multiply_tile(tile, used):
+        rows_n = pl.ds(tile * config.block_n + own * ROWS, ROWS)
 
-        @has_adapter
-        def _():
-            plgpu.barrier_wait(refs.adapter["ready"])
-            _add_adapter(plan, refs, sums, rows_n)
+        def all_blocks(sums):
+            _multiply_ring(plan, refs.ring, sums, used, *plan.split(split))
 
-        return sums[...]
+            @has_adapter
+            def _():
+                plgpu.barrier_wait(refs.adapter["ready"])
+                _add_adapter(plan, refs, sums, rows_n)
 
-    sums = pl.run_scoped(all_blocks, plgpu.ACC((ROWS, config.block_m), jnp.float32))
-    sums = plgpu.layout_cast(sums.astype(refs.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    refs.out.at[split, rows_m, rows_n].T[...] = sums
+            return sums[...]
+
+        sums = pl.run_scoped(all_blocks, plgpu.ACC((ROWS, config.block_m), jnp.float32))
+        sums = plgpu.layout_cast(sums.astype(refs.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        refs.out.at[split, rows_m, rows_n].T[...] = sums
+
+    plan.each_tile(multiply_tile)
 
 
 def _columns_in_flight(block_m: int, groups: int) -> int:
@@ -164,8 +193,8 @@ def _columns_in_flight(block_m: int, groups: int) -> int:
     return 256 if block_m <= 32 else 128 if block_m <= 64 else 64
 
 
-def _multiply_ring(plan: Plan, ring: _Ring, sums, first, last) -> None:
-    """Add the products of blocks `first` to `last`, the warp group's rows of their weights.
+def _multiply_ring(plan: Plan, ring: _Ring, sums, used, first, last) -> None:
+    """Add the products of blocks `first` to `last`, the warp group's rows of their weights; `used` blocks of the ring were before.
 
     The tensor core ends a block before the next one is dequantized: what it still reads in registers, the compiler protects within
     an iteration and not in the next (weights of one group a block came out wrong on an H200).
@@ -175,7 +204,7 @@ def _multiply_ring(plan: Plan, ring: _Ring, sums, first, last) -> None:
 
     @pl.loop(first, last)
     def _(step):
-        slot = lax.rem(step - first, plan.config.stages)
+        slot = lax.rem(used - first + step, plan.config.stages)
 
         def scales(group):
             return ring.scales.at[slot, rows, lax.rem(step * plan.groups, SCALES_READ) + group]
@@ -247,16 +276,31 @@ def _adapter_memory(plan: Plan, dtype) -> dict:
     }
 
 
-@partial(jax.jit, static_argnames=("group", "code", "config", "out_dtype", "interpret"))
+@partial(jax.jit, static_argnames=("group", "code", "config", "programs", "out_dtype", "interpret"))
 def _launch(
-    x, packed, scales, layer, xa, lora_b, *, group: int, code: str, config: tuning.Int4Config, out_dtype, interpret
+    x,
+    packed,
+    scales,
+    layer,
+    xa,
+    lora_b,
+    *,
+    group: int,
+    code: str,
+    config: tuning.Int4Config,
+    programs: int,
+    out_dtype,
+    interpret: bool,
 ):
     """[S, M, N] of whole tiles.
 
     x [M, K] permuted, packed [L, N, K/2 or K], scales [L, N, K/G or more], layer int32 [1], xa [P, M, R] and lora_b [L or 1, N, R].
     """
     (m, k), n, rank = x.shape, packed.shape[1], 0 if xa is None else xa.shape[-1]
-    plan = Plan(config, k // config.block_k, group, code, rank, bool(rank) and lora_b.shape[0] > 1, interpret)
+    tiles, steps = n // config.block_n, k // config.block_k
+    # Tiles in turn are of whole K, and have no adapter to wait for.
+    in_turn = programs if not rank and config.split_k == 1 and m == config.block_m and tiles > programs else 0
+    plan = Plan(config, steps, group, code, rank, bool(rank) and lora_b.shape[0] > 1, interpret, tiles, in_turn)
 
     def kernel(*refs):
         arrays, rest = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
@@ -275,7 +319,7 @@ def _launch(
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else out_dtype),
-        grid=(m // config.block_m, n // config.block_n, config.split_k),
+        grid=(m // config.block_m, in_turn or tiles, config.split_k),
         grid_names=("m", "n", "split"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
@@ -299,10 +343,12 @@ def partial_sums(
     config: tuning.Int4Config,
     code: str = "int4",
     interpret: bool = False,
+    programs: int | None = None,
 ):
     """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
 
-    `permuted` is x with permuted columns; the other arguments are those of `int4_matmul_triton.partial_sums`.
+    `permuted` is x with permuted columns; `programs` take the tiles of a product like a head's in turn, by default as many as the GPU has
+    multiprocessors; the other arguments are those of `int4_matmul_triton.partial_sums`.
     """
     config = _fitting(config, 0 if xa is None else xa.shape[-1], code)
     m = permuted.shape[0]
@@ -330,6 +376,7 @@ def partial_sums(
         group=group,
         code=code,
         config=config,
+        programs=dispatch.current_device().multiprocessors if programs is None else programs,
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )

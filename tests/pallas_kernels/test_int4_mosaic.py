@@ -18,7 +18,7 @@ INTERPRET = jax.default_backend() == "cpu"
 TOLERANCE = 4e-3
 
 
-def product(x, packed, scales, layer, xa, b, config, code="int4"):
+def product(x, packed, scales, layer, xa, b, config, code="int4", **how):
     arrays = [None if a is None else jnp.asarray(a) for a in (xa, b)]
     out = int4_matmul_mosaic.partial_sums(
         permute_columns(x),
@@ -30,6 +30,7 @@ def product(x, packed, scales, layer, xa, b, config, code="int4"):
         config,
         code,
         interpret=INTERPRET,
+        **how,
     )
     assert out.dtype == (jnp.float32 if config.split_k > 1 else jnp.bfloat16)
     return np.asarray(out, np.float64).sum(0)
@@ -77,6 +78,19 @@ def test_product_with_eight_bits(m, n, k, group, blocks, code):
     weight = dequantize(packed, np.asarray(scales), np.float64, code)
     x = rows(rng, m, k)
     out = product(x, packed, scales, None, None, None, tuning.mosaic_config(*blocks, code=code), code)
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
+
+
+@pytest.mark.parametrize("programs", [2, 3, 5])
+@pytest.mark.parametrize("k", [128, 1536])
+def test_programs_take_tiles_in_turn(k, programs):
+    """Five tiles; the ring goes on from one to the next, whether it holds a tile's blocks or not."""
+    rng = np.random.default_rng(k)
+    packed = rng.integers(0, 256, (640, k)).astype(np.uint8)
+    scales = jnp.asarray(rng.uniform(0.01, 0.02, (640, k // 64)), jnp.bfloat16)
+    x, config = rows(rng, 33, k), tuning.mosaic_config(64, 128, 128, 1, code="fast8")
+    out = product(x, packed, scales, None, None, None, config, "fast8", programs=programs)
+    weight = dequantize(packed, np.asarray(scales), np.float64, "fast8")
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
 
 
