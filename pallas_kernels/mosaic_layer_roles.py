@@ -278,10 +278,10 @@ def multiply(layer: Layer, refs: Refs) -> None:
     """Multiply what the rings bring; before that merge, and between out and gate_up and after down norm what is this program's."""
     used, number = Blocks(0, 0), refs.number[0]
 
-    def meet(norm=None) -> None:
+    def meet(*needed_then) -> None:
         plgpu.barrier_arrive(refs.stored)
-        if norm is not None:
-            prefetch(norm, layer.interpret)
+        for row in needed_then:
+            prefetch(row, layer.interpret)
         plgpu.barrier_wait(refs.met)
 
     if refs.parts is not None:
@@ -299,7 +299,9 @@ def multiply(layer: Layer, refs: Refs) -> None:
             meet()
         elif name != "qkv":
             norm = refs.norms[name == "down"].at[number]
-            meet(norm)
+            # The residual is as old as the attention: no longer in the cache, unlike what out has added to it.
+            own_row = lax.min(lax.axis_index("program"), layer.rows - 1)
+            meet(norm, *([refs.residual.at[own_row]] if name == "out" else []))
             _norm(layer, refs, operands.out, norm, name == "down")
             if product is not layer.products[-1]:
                 meet()
