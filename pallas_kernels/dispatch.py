@@ -2,7 +2,8 @@
 
 Each rule is a pure function, so that a test can read its decisions without owning the device. `REFERENCE` runs
 anywhere. `TRITON` needs compute capability 8.0 (bf16 tensor cores), 16-bit activations and the `jax-triton` package.
-`DEQUANTIZE`, which only the rule of the quantized product gives, is a kernel that unpacks the matrix, then cuBLAS.
+The quantized product alone has two more: `DEQUANTIZE` is a kernel that unpacks the matrix, then cuBLAS; `MOSAIC` is the
+kernel for few rows and weights of 8 bits.
 """
 
 import functools
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 REFERENCE = "reference"
 TRITON = "triton"
 DEQUANTIZE = "dequantize"
+MOSAIC = "mosaic"
 
 INT4_MATMUL_GROUPS = (32, 64, 128)
 MOSAIC_JAX = (0, 11, 2), (0, 12)
@@ -109,7 +111,7 @@ INT4_CROSSOVER_ROWS = {9: 256, 8: 512}
 
 
 INT8_ROWS = 256
-"""Rows up to which 8-bit weights are multiplied by their kernel, which a decode step alone uses; above, they are dequantized."""
+"""Rows up to which 8-bit weights are multiplied by their kernel; above, they are dequantized."""
 
 
 def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int, code: str = "int4") -> str:

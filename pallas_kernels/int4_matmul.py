@@ -77,16 +77,9 @@ def int4_partial_sums(
     if rows.permuted is not None and rows.permuted.shape != x.shape:
         raise ValueError(f"int4_partial_sums: permuted rows must be {x.shape}, got {rows.permuted.shape}")
     layer = layer if layer is None or isinstance(layer, int) else jnp.asarray(layer, jnp.int32)
-    config = None
-    if PER_BYTE[code] == 1 and implementation is None:
-        n, k = packed.shape[-2:]
-        config = _int8_config(x.shape[0], n, k, reference.group_size(packed, scales, code), x.dtype, scales.dtype)
-    if config is not None:
-        from pallas_kernels.int4_matmul_mosaic import partial_sums
-
-        permuted = permute_columns(x) if rows.permuted is None else rows.permuted
-        return partial_sums(permuted, packed, scales, layer, xa, lora_b, x.dtype, config, code)
     chosen = _implementation(x, packed, scales, code, implementation)
+    if chosen == dispatch.MOSAIC:
+        return _int8_partial_sums(rows, packed, scales, layer, xa, lora_b, x.dtype, code)
     if chosen == dispatch.TRITON:
         from pallas_kernels.int4_matmul_triton import partial_sums
 
@@ -110,20 +103,33 @@ def reads_permuted(
 
 
 def has_int8_kernel(m: int, n: int, k: int, group: int, dtype, scales_dtype) -> bool:
-    """Whether `int4_partial_sums` multiplies M rows by 8-bit weights [N, K] in one kernel on this device, or dequantizes them first."""
+    """Whether M rows are multiplied by 8-bit weights [N, K] in one kernel on this device, or the weights dequantized first."""
     return _int8_config(m, n, k, group, dtype, scales_dtype) is not None
 
 
 def _int8_config(m: int, n: int, k: int, group: int, dtype, scales_dtype) -> tuning.Int4Config | None:
-    """The blocks of the kernel for 8-bit weights and the few rows of a decode step; None where it cannot run."""
+    """The blocks of the kernel for 8-bit weights and few rows; None where it cannot run."""
     if m > dispatch.INT8_ROWS or dispatch.mosaic_problem(dispatch.current_device(), dtype, scales_dtype, group):
         return None
     return tuning.int8_config(m, n, k, group)
 
 
+def _int8_partial_sums(rows: Rows, packed, scales, layer, xa, lora_b, out_dtype, code: str) -> Float[Array, "S M N"]:
+    """What that kernel leaves: float32 where it splits K, else one part in `out_dtype`."""
+    from pallas_kernels.int4_matmul_mosaic import partial_sums
+
+    m, (n, k), group = rows.plain.shape[0], packed.shape[-2:], reference.group_size(packed, scales, code)
+    config = tuning.int8_config(m, n, k, group)
+    assert config is not None
+    permuted = permute_columns(rows.plain) if rows.permuted is None else rows.permuted
+    return partial_sums(permuted, packed, scales, layer, xa, lora_b, out_dtype, config, code)
+
+
 def _implementation(x, packed, scales, code: str, implementation: str | None) -> str:
     device, group = dispatch.current_device(), reference.group_size(packed, scales, code)
-    m, k = x.shape
+    (m, k), n = x.shape, packed.shape[-2]
+    if implementation is None and PER_BYTE[code] == 1 and has_int8_kernel(m, n, k, group, x.dtype, scales.dtype):
+        return dispatch.MOSAIC
     return dispatch.resolve(
         "int4_matmul",
         implementation,
@@ -170,6 +176,8 @@ def _int4_matmul(
         from pallas_kernels.int4_matmul_triton import int4_matmul as fused
 
         return fused(x, packed, scales, layer, xa, lora_b, out_dtype)
+    if implementation == dispatch.MOSAIC:
+        return joined(_int8_partial_sums(Rows(x), packed, scales, layer, xa, lora_b, out_dtype, code), out_dtype)
     b = None if lora_b is None else _lora_layer(lora_b, layer)
     return _many_rows(implementation)(x, packed, scales, layer, xa, b, out_dtype, code)
 

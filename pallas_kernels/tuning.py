@@ -149,14 +149,18 @@ def mosaic_config(
     return replace(config, stages=mosaic_stages(config, rank, code))
 
 
-def int8_config(m: int, n: int, k: int, group: int) -> Int4Config | None:
-    """The blocks for 8-bit weights, which have the mosaic form only, on the current device; None: it cannot run this shape."""
+def int8_config(m: int, n: int, k: int, group: int, *, multiprocessors: int = 132) -> Int4Config | None:
+    """The blocks for 8-bit weights, which have the mosaic form only, on the current device; None: it cannot run this shape.
+
+    K is not split where the tiles of N alone give every multiprocessor a program, as a head's do, whatever the nearest entry does.
+    """
     entries = [
         e | {"blocks": Int4Config(**e["config"])} for e in tuned(dispatch.current_device().name).get("int8_matmul", [])
     ]
     candidates = [e for e in entries if e["blocks"].fits(m, n, k, group)]
     if candidates:
-        return min(candidates, key=lambda e: _distance(e, {"m": m, "n": n, "k": k}))["blocks"]
+        nearest = min(candidates, key=lambda e: _distance(e, {"m": m, "n": n, "k": k}))["blocks"]
+        return nearest if n // nearest.block_n < multiprocessors else replace(nearest, split_k=1)
     config = mosaic_heuristic(m, n, k, code="int8")
     return config if config.fits(m, n, k, group) else None
 

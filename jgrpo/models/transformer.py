@@ -234,9 +234,10 @@ class Transformer(nn.Module):
 
     @nn.compact
     def head_weight(self) -> Weight:
-        """The output matrix `[V, D]`, which is the embedding where the two are tied."""
+        """The output matrix `[V, D]`: where the two are tied the embedding, unless a rollout's copy brings a head of its own."""
         base = self._base()
-        return base["embed"] if self.config.tie_embeddings else base["head"]
+        tied = self.config.tie_embeddings and "head" not in base
+        return base["embed"] if tied else base["head"]
 
     def _layer(
         self,

@@ -1,5 +1,8 @@
 """The Mosaic GPU form of the int4 product against float64: in Mosaic's interpreter on a CPU, compiled on a GPU."""
 
+import sys
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from pallas_kernels import dispatch
 if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
     pytest.skip("needs the jax of Mosaic's interpreter", allow_module_level=True)
 
-from pallas_kernels import dequantize, int4_matmul_mosaic, tuning
+from pallas_kernels import dequantize, int4_matmul, int4_matmul_mosaic, tuning
 from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels.oracles import random_int4, relative_error
 
@@ -18,7 +21,7 @@ INTERPRET = jax.default_backend() == "cpu"
 TOLERANCE = 4e-3
 
 
-def product(x, packed, scales, layer, xa, b, config, code="int4", **how):
+def product(x, packed, scales, layer, xa, b, config, code="int4", out_dtype=jnp.bfloat16, **how):
     arrays = [None if a is None else jnp.asarray(a) for a in (xa, b)]
     out = int4_matmul_mosaic.partial_sums(
         permute_columns(x),
@@ -26,13 +29,13 @@ def product(x, packed, scales, layer, xa, b, config, code="int4", **how):
         jnp.asarray(scales, jnp.bfloat16),
         layer,
         *arrays,
-        jnp.bfloat16,
+        out_dtype,
         config,
         code,
         interpret=INTERPRET,
         **how,
     )
-    assert out.dtype == (jnp.float32 if config.split_k > 1 else jnp.bfloat16)
+    assert out.dtype == (jnp.float32 if config.split_k > 1 else out_dtype)
     return np.asarray(out, np.float64).sum(0)
 
 
@@ -92,6 +95,46 @@ def test_programs_take_tiles_in_turn(k, programs):
     out = product(x, packed, scales, None, None, None, config, "fast8", programs=programs)
     weight = dequantize(packed, np.asarray(scales), np.float64, "fast8")
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
+
+
+@pytest.mark.parametrize(("m", "blocks"), [(5, (16, 128, 128, 1)), (64, (64, 128, 256, 1)), (64, (64, 256, 128, 1))])
+def test_logits_are_whole_sums_in_float32(m, blocks):
+    """A head's: K is not split, and nothing is rounded behind the sums of bfloat16 weights."""
+    rng = np.random.default_rng(m)
+    packed = rng.integers(0, 256, (512, 768)).astype(np.uint8)
+    scales = jnp.asarray(rng.uniform(0.01, 0.02, (512, 12)), jnp.bfloat16)
+    weight = dequantize(packed, np.asarray(scales), jnp.bfloat16, "fast8")
+    x, config = rows(rng, m, 768), tuning.mosaic_config(*blocks, code="fast8")
+    out = product(x, packed, scales, None, None, None, config, "fast8", jnp.float32)
+    assert relative_error(out, np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T) < 1e-5
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize("code", ["int8", "fast8"])
+def test_the_differentiable_product_of_few_rows_is_the_kernels(code, split_k, monkeypatch):
+    """With its adapter, and a gradient by the dequantized weights."""
+    launch = partial(int4_matmul_mosaic.partial_sums, interpret=INTERPRET)
+    launched = []
+    monkeypatch.setattr(int4_matmul_mosaic, "partial_sums", lambda *given: (launched.append(given), launch(*given))[1])
+    monkeypatch.setattr(sys.modules["pallas_kernels.int4_matmul"], "has_int8_kernel", lambda *_: True)
+    config = tuning.mosaic_config(16, 128, 128, split_k, code=code)
+    monkeypatch.setattr(tuning, "int8_config", lambda *_: config)
+    rng = np.random.default_rng(split_k)
+    packed = rng.integers(0, 256, (256, 512)).astype(np.uint8).view(np.int8 if code == "int8" else np.uint8)
+    scales = jnp.asarray(rng.uniform(0.01, 0.02, (256, 8)), jnp.bfloat16)
+    weight = dequantize(packed, np.asarray(scales), np.float64, code)
+    x, xa, b, g = (rows(rng, *shape) for shape in [(5, 512), (5, 16), (256, 16), (5, 256)])
+
+    def product(x):
+        return int4_matmul(x, jnp.asarray(packed), scales, xa=xa, lora_b=b, out_dtype=jnp.float32, code=code)
+
+    out, pull = jax.vjp(product, x)
+    assert launched
+    assert out.dtype == jnp.float32
+    adapter = np.asarray(xa, np.float64) @ np.asarray(b, np.float64).T
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T + adapter) < TOLERANCE
+    (dx,) = pull(g.astype(jnp.float32))
+    assert relative_error(dx, np.asarray(g, np.float64) @ weight) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize(("rank", "parts"), [(16, 1), (12, 3), (32, 5), (96, 2), (192, 2)])

@@ -120,6 +120,14 @@ def test_unmeasured_shapes_get_a_heuristic_that_fits(measured):
         assert tuning.int4_config(64, n, k, group, mosaic=True) == want
 
 
+@pytest.mark.parametrize(("n", "whole"), [(151_936, True), (132 * 128, True), (3072, False)])
+def test_k_of_weights_in_8_bits_is_not_split_where_their_rows_fill_the_gpu(n, whole, monkeypatch):
+    nearest = tuning.mosaic_config(64, 128, 128, 5, code="int8")
+    entries = [tuning.as_entry(nearest, m=64, n=3072, k=3072, us=9.0)]
+    monkeypatch.setattr(tuning, "tuned", lambda name: {"int8_matmul": entries})
+    assert tuning.int8_config(64, n, 896, 64) == (replace(nearest, split_k=1) if whole else nearest)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_tuned_files_hold_configurations_that_fit_their_shape(file):
     entries = json.loads(file.read_text())
