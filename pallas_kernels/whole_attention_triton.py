@@ -90,27 +90,36 @@ def whole_attention_kernel(
     suffix_first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
     prompt_blocks = tl.maximum(tl.cdiv(prompt_length, BLOCK) - prompt_first // BLOCK, 0)
     suffix_blocks = tl.cdiv(length, BLOCK) - suffix_first // BLOCK
-    blocks = prompt_blocks + tl.minimum(GENERATIONS, G - tile * GENERATIONS) * suffix_blocks
+    members = tl.minimum(GENERATIONS, G - tile * GENERATIONS)
+    blocks = prompt_blocks + members * suffix_blocks
     each = tl.cdiv(blocks, SPLITS)
     begin = split * each
-    turn = begin + blocks * tile // TILES
+
+    # Where the list is: a generation of the tile, -1 in the prompt, and a slot. These are counted on from block to block, because
+    # all loads wait for them and the one warp of a scheduler has nothing else to do: a division there costs more than a product.
+    prompt_start = prompt_first // BLOCK * BLOCK
+    suffix_start = suffix_first // BLOCK * BLOCK
+    first_member = tl.where(prompt_blocks > 0, -1, 0)
+    index = (begin + blocks * tile // TILES) % blocks
+    member = tl.where(index < prompt_blocks, -1, (index - prompt_blocks) // suffix_blocks)
+    block_of_suffix = index - prompt_blocks - member * suffix_blocks
+    slot = tl.where(member < 0, prompt_start + index * BLOCK, suffix_start + block_of_suffix * BLOCK)
 
     prompt_base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
     suffix_base = layer * tl.full((), Q * G * KV * C, tl.int64)
     suffix_base += ((question * G + tile * GENERATIONS) * KV + head) * tl.full((), C, tl.int64)
     slots = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
-    offsets = slots[:, :, None] * D + depth[None, None, :]
+    # Slots and depth times strides would be an addition for every copy; of one range, a copy's place is part of its instruction.
+    offsets = tl.reshape(tl.arange(0, BLOCK * D), (WARPS, SLOTS, D))
+    offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, D]), [1, 1, D])
     highest = tl.full((WARPS, ROWS), _LOWEST, tl.float32)
     total = tl.zeros((WARPS, ROWS), tl.float32)
     acc = tl.zeros((WARPS, ROWS, D), tl.float32)
-    for step in tl.range(0, tl.minimum(each, blocks - begin), num_stages=STAGES):
-        index = (turn + step) % blocks
-        of_prompt = index < prompt_blocks
-        member = (index - prompt_blocks) // suffix_blocks  # of the tile's generations; of no use in a prompt
-        block = index - prompt_blocks - member * suffix_blocks + suffix_first // BLOCK
-        slot = BLOCK * tl.where(of_prompt, index + prompt_first // BLOCK, block)
+    for _ in tl.range(0, tl.minimum(each, blocks - begin), num_stages=STAGES):
+        of_prompt = member < 0
+        end = tl.where(of_prompt, prompt_length, length)
         base = slot + tl.where(of_prompt, prompt_base, suffix_base + member * (KV * C))
-        used = slot + slots < tl.where(of_prompt, prompt_length, length)
+        used = slots < end - slot
         keys = tl.where(of_prompt, prompt_k_ptr, k_ptr) + base * D
         values = tl.where(of_prompt, prompt_v_ptr, v_ptr) + base * D
         k = tl.load(keys + offsets, mask=used[:, :, None], other=0.0)
@@ -122,7 +131,9 @@ def whole_attention_kernel(
         if CODED:
             k_scale = tl.where(of_prompt, prompt_k_scale_ptr, k_scale_ptr) + base
             scores *= tl.load(k_scale + slots, mask=used, other=0.0)[:, None, :]
-        seen = used[:, None, :] & (of_prompt | (row // SHARE == member))[None, :, None]
+        seen = used[:, None, :]
+        if GENERATIONS > 1:
+            seen &= (of_prompt | (row // SHARE == member))[None, :, None]
         if WINDOW > 0:
             seen &= (slot + slots >= tl.where(of_prompt, prompt_first, suffix_first))[:, None, :]
         scores = tl.where(seen, scores, float("-inf"))
@@ -135,6 +146,9 @@ def whole_attention_kernel(
             weights *= tl.load(v_scale + slots, mask=used, other=0.0)[:, None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, :, None])
         highest = highest_now
+        over = slot + BLOCK >= end
+        member = tl.where(over, tl.where(member + 1 == members, first_member, member + 1), member)
+        slot = tl.where(over, tl.where(member < 0, prompt_start, suffix_start), slot + BLOCK)
 
     top = tl.max(highest, axis=0)
     factor = tl.exp2(highest - top[None, :])
