@@ -38,7 +38,7 @@ def decode_attention(
     Args:
       length: suffix slots in use, the one of the current token included; at least 1.
       layer: index into the stacked caches.
-      scale: factor of the scores, usually head_dim ** -0.5.
+      scale: positive factor of the scores, usually head_dim ** -0.5.
       window: keys further back than `window - 1` positions are invisible; a row's position is
         prompt_lengths + length - 1. None: everything before is visible. A traced window (layers that differ) always
         takes the reference.

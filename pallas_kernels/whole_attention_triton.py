@@ -113,7 +113,7 @@ def whole_attention_kernel(
     offsets = tl.reshape(tl.arange(0, BLOCK * D), (WARPS, SLOTS, D))
     offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, D]), [1, 1, D])
     highest = tl.full((WARPS, ROWS), _LOWEST, tl.float32)
-    total = tl.zeros((WARPS, ROWS), tl.float32)
+    total = tl.zeros((WARPS, ROWS, SLOTS), tl.float32)
     acc = tl.zeros((WARPS, ROWS, D), tl.float32)
     for _ in tl.range(0, tl.minimum(each, blocks - begin), num_stages=STAGES):
         of_prompt = member < 0
@@ -127,7 +127,7 @@ def whole_attention_kernel(
         if CODED:
             k = k.to(q.dtype)
             v = v.to(q.dtype)
-        scores = tl.dot(q, tl.permute(k, (0, 2, 1))) * scale_log2
+        scores = tl.dot(q, tl.permute(k, (0, 2, 1)))
         if CODED:
             k_scale = tl.where(of_prompt, prompt_k_scale_ptr, k_scale_ptr) + base
             scores *= tl.load(k_scale + slots, mask=used, other=0.0)[:, None, :]
@@ -137,10 +137,10 @@ def whole_attention_kernel(
         if WINDOW > 0:
             seen &= (slot + slots >= tl.where(of_prompt, prompt_first, suffix_first))[:, None, :]
         scores = tl.where(seen, scores, float("-inf"))
-        highest_now = tl.maximum(highest, tl.max(scores, axis=2))
-        weights = tl.exp2(scores - highest_now[:, :, None])
+        highest_now = tl.maximum(highest, tl.max(scores, axis=2) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - highest_now[:, :, None])
         correction = tl.exp2(highest - highest_now)
-        total = total * correction + tl.sum(weights, axis=2)
+        total = total * correction[:, :, None] + weights
         if CODED:
             v_scale = tl.where(of_prompt, prompt_v_scale_ptr, v_scale_ptr) + base
             weights *= tl.load(v_scale + slots, mask=used, other=0.0)[:, None, :]
@@ -152,7 +152,7 @@ def whole_attention_kernel(
 
     top = tl.max(highest, axis=0)
     factor = tl.exp2(highest - top[None, :])
-    total = tl.sum(total * factor, axis=0)
+    total = tl.sum(tl.sum(total, axis=2) * factor, axis=0)
     acc = tl.sum(acc * factor[:, :, None], axis=0)
     if SPLITS > 1:
         part = query * SPLITS + split
