@@ -21,8 +21,137 @@ import triton.language as tl
 from pallas_kernels import tuning
 from pallas_kernels.add_rms_norm_triton import permuted_column
 
-_LOWEST = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-1e30)
 """Start of the running maximum: below every score, and finite, so that rows that have seen nothing yet make no NaN."""
+
+
+@triton.jit
+def attend(
+    q,
+    highest,
+    total,
+    acc,
+    prompt_k_ptr,
+    prompt_v_ptr,
+    k_ptr,
+    v_ptr,
+    prompt_k_scale_ptr,
+    prompt_v_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    prompt_length,
+    length,
+    tokens,
+    layer,
+    question,
+    head,
+    tile,
+    split,
+    scale_log2: tl.constexpr,
+    Q: tl.constexpr,
+    G: tl.constexpr,
+    SHARE: tl.constexpr,
+    KV: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CODED: tl.constexpr,
+    GENERATIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The softmaxes (highest, total, acc) of q [WARPS, ROWS, D], gone on over part `split` of the list of the tile's blocks.
+
+    In use are the prompt's slots < prompt_length and the suffixes' < length; q is of the last of `tokens` tokens behind the prompt.
+    """
+    WARPS: tl.constexpr = q.shape[0]
+    ROWS: tl.constexpr = q.shape[1]
+    D: tl.constexpr = q.shape[2]
+    TILES: tl.constexpr = (G + GENERATIONS - 1) // GENERATIONS
+    SLOTS: tl.constexpr = BLOCK // WARPS
+    prompt_first = tl.maximum(prompt_length + tokens - WINDOW, 0) if WINDOW > 0 else 0
+    suffix_first = tl.maximum(tokens - WINDOW, 0) if WINDOW > 0 else 0
+    prompt_blocks = tl.maximum(tl.cdiv(prompt_length, BLOCK) - prompt_first // BLOCK, 0)
+    suffix_blocks = tl.cdiv(length, BLOCK) - suffix_first // BLOCK
+    members = tl.where(suffix_blocks > 0, tl.minimum(GENERATIONS, G - tile * GENERATIONS), 0)
+    blocks = prompt_blocks + members * suffix_blocks
+    each = tl.cdiv(blocks, SPLITS)
+    begin = split * each
+
+    # Where the list is: a generation of the tile, -1 in the prompt, and a slot. These are counted on from block to block, because
+    # all loads wait for them and the one warp of a scheduler has nothing else to do: a division there costs more than a product.
+    prompt_start = prompt_first // BLOCK * BLOCK
+    suffix_start = suffix_first // BLOCK * BLOCK
+    first_member = tl.where(prompt_blocks > 0, -1, 0)
+    index = (begin + blocks * tile // TILES) % tl.maximum(blocks, 1)
+    member = tl.where(index < prompt_blocks, -1, (index - prompt_blocks) // tl.maximum(suffix_blocks, 1))
+    block_of_suffix = index - prompt_blocks - member * suffix_blocks
+    slot = tl.where(member < 0, prompt_start + index * BLOCK, suffix_start + block_of_suffix * BLOCK)
+
+    prompt_base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
+    suffix_base = layer * tl.full((), Q * G * KV * C, tl.int64)
+    suffix_base += ((question * G + tile * GENERATIONS) * KV + head) * tl.full((), C, tl.int64)
+    generation = tl.arange(0, ROWS) // SHARE
+    slots = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
+    # Slots and depth times strides would be an addition for every copy; of one range, a copy's place is part of its instruction.
+    offsets = tl.reshape(tl.arange(0, BLOCK * D), (WARPS, SLOTS, D))
+    offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, D]), [1, 1, D])
+    for _ in tl.range(0, tl.minimum(each, blocks - begin), num_stages=STAGES):
+        of_prompt = member < 0
+        end = tl.where(of_prompt, prompt_length, length)
+        base = slot + tl.where(of_prompt, prompt_base, suffix_base + member * (KV * C))
+        used = slots < end - slot
+        keys = tl.where(of_prompt, prompt_k_ptr, k_ptr) + base * D
+        values = tl.where(of_prompt, prompt_v_ptr, v_ptr) + base * D
+        k = tl.load(keys + offsets, mask=used[:, :, None], other=0.0)
+        v = tl.load(values + offsets, mask=used[:, :, None], other=0.0)
+        if CODED:
+            k = k.to(q.dtype)
+            v = v.to(q.dtype)
+        scores = tl.dot(q, tl.permute(k, (0, 2, 1)))
+        if CODED:
+            k_scale = tl.where(of_prompt, prompt_k_scale_ptr, k_scale_ptr) + base
+            scores *= tl.load(k_scale + slots, mask=used, other=0.0)[:, None, :]
+        seen = used[:, None, :]
+        if GENERATIONS > 1:
+            seen &= (of_prompt | (generation == member))[None, :, None]
+        if WINDOW > 0:
+            seen &= (slot + slots >= tl.where(of_prompt, prompt_first, suffix_first))[:, None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        highest_now = tl.maximum(highest, tl.max(scores, axis=2) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - highest_now[:, :, None])
+        correction = tl.exp2(highest - highest_now)
+        total = total * correction[:, :, None] + weights
+        if CODED:
+            v_scale = tl.where(of_prompt, prompt_v_scale_ptr, v_scale_ptr) + base
+            weights *= tl.load(v_scale + slots, mask=used, other=0.0)[:, None, :]
+        acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, :, None])
+        highest = highest_now
+        over = slot + BLOCK >= end
+        member = tl.where(over, tl.where(member + 1 == members, first_member, member + 1), member)
+        slot = tl.where(over, tl.where(member < 0, prompt_start, suffix_start), slot + BLOCK)
+    return highest, total, acc
+
+
+@triton.jit
+def merge_warps(highest, total, acc):
+    """(max, sum, weighted values) of every row over the warps' softmaxes."""
+    top = tl.max(highest, axis=0)
+    factor = tl.exp2(highest - top[None, :])
+    return top, tl.sum(tl.sum(total, axis=2) * factor, axis=0), tl.sum(acc * factor[:, :, None], axis=0)
+
+
+@triton.jit
+def store_heads(out_ptr, permuted_ptr, query, valid, total, acc, PERMUTED: tl.constexpr):
+    """The rows `query` of [Q*G*H, D] where `valid`, and if PERMUTED the same with permuted columns."""
+    D: tl.constexpr = acc.shape[1]
+    depth = tl.arange(0, D)
+    out = (acc / tl.where(valid, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+    target = query[:, None] * D
+    tl.store(out_ptr + target + depth[None, :], out, mask=valid[:, None])
+    if PERMUTED:
+        tl.store(permuted_ptr + target + permuted_column(depth)[None, :], out, mask=valid[:, None])
 
 
 @triton.jit
@@ -68,7 +197,6 @@ def whole_attention_kernel(
     """
     SHARE: tl.constexpr = H // KV
     TILES: tl.constexpr = (G + GENERATIONS - 1) // GENERATIONS
-    SLOTS: tl.constexpr = BLOCK // WARPS
     layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
     length = tl.load(length_ptr) if LENGTH_IS_POINTER else length_ptr
     pid = tl.program_id(0)
@@ -86,92 +214,59 @@ def whole_attention_kernel(
     q = tl.load(q_ptr + query[:, None] * D + depth[None, :], mask=valid[:, None], other=0.0)
     q = tl.broadcast_to(q[None], (WARPS, ROWS, D))
 
-    prompt_first = tl.maximum(prompt_length + length - WINDOW, 0) if WINDOW > 0 else 0
-    suffix_first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
-    prompt_blocks = tl.maximum(tl.cdiv(prompt_length, BLOCK) - prompt_first // BLOCK, 0)
-    suffix_blocks = tl.cdiv(length, BLOCK) - suffix_first // BLOCK
-    members = tl.minimum(GENERATIONS, G - tile * GENERATIONS)
-    blocks = prompt_blocks + members * suffix_blocks
-    each = tl.cdiv(blocks, SPLITS)
-    begin = split * each
-
-    # Where the list is: a generation of the tile, -1 in the prompt, and a slot. These are counted on from block to block, because
-    # all loads wait for them and the one warp of a scheduler has nothing else to do: a division there costs more than a product.
-    prompt_start = prompt_first // BLOCK * BLOCK
-    suffix_start = suffix_first // BLOCK * BLOCK
-    first_member = tl.where(prompt_blocks > 0, -1, 0)
-    index = (begin + blocks * tile // TILES) % blocks
-    member = tl.where(index < prompt_blocks, -1, (index - prompt_blocks) // suffix_blocks)
-    block_of_suffix = index - prompt_blocks - member * suffix_blocks
-    slot = tl.where(member < 0, prompt_start + index * BLOCK, suffix_start + block_of_suffix * BLOCK)
-
-    prompt_base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
-    suffix_base = layer * tl.full((), Q * G * KV * C, tl.int64)
-    suffix_base += ((question * G + tile * GENERATIONS) * KV + head) * tl.full((), C, tl.int64)
-    slots = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
-    # Slots and depth times strides would be an addition for every copy; of one range, a copy's place is part of its instruction.
-    offsets = tl.reshape(tl.arange(0, BLOCK * D), (WARPS, SLOTS, D))
-    offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, D]), [1, 1, D])
-    highest = tl.full((WARPS, ROWS), _LOWEST, tl.float32)
-    total = tl.zeros((WARPS, ROWS, SLOTS), tl.float32)
+    highest = tl.full((WARPS, ROWS), LOWEST, tl.float32)
+    total = tl.zeros((WARPS, ROWS, BLOCK // WARPS), tl.float32)
     acc = tl.zeros((WARPS, ROWS, D), tl.float32)
-    for _ in tl.range(0, tl.minimum(each, blocks - begin), num_stages=STAGES):
-        of_prompt = member < 0
-        end = tl.where(of_prompt, prompt_length, length)
-        base = slot + tl.where(of_prompt, prompt_base, suffix_base + member * (KV * C))
-        used = slots < end - slot
-        keys = tl.where(of_prompt, prompt_k_ptr, k_ptr) + base * D
-        values = tl.where(of_prompt, prompt_v_ptr, v_ptr) + base * D
-        k = tl.load(keys + offsets, mask=used[:, :, None], other=0.0)
-        v = tl.load(values + offsets, mask=used[:, :, None], other=0.0)
-        if CODED:
-            k = k.to(q.dtype)
-            v = v.to(q.dtype)
-        scores = tl.dot(q, tl.permute(k, (0, 2, 1)))
-        if CODED:
-            k_scale = tl.where(of_prompt, prompt_k_scale_ptr, k_scale_ptr) + base
-            scores *= tl.load(k_scale + slots, mask=used, other=0.0)[:, None, :]
-        seen = used[:, None, :]
-        if GENERATIONS > 1:
-            seen &= (of_prompt | (row // SHARE == member))[None, :, None]
-        if WINDOW > 0:
-            seen &= (slot + slots >= tl.where(of_prompt, prompt_first, suffix_first))[:, None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        highest_now = tl.maximum(highest, tl.max(scores, axis=2) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - highest_now[:, :, None])
-        correction = tl.exp2(highest - highest_now)
-        total = total * correction[:, :, None] + weights
-        if CODED:
-            v_scale = tl.where(of_prompt, prompt_v_scale_ptr, v_scale_ptr) + base
-            weights *= tl.load(v_scale + slots, mask=used, other=0.0)[:, None, :]
-        acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, :, None])
-        highest = highest_now
-        over = slot + BLOCK >= end
-        member = tl.where(over, tl.where(member + 1 == members, first_member, member + 1), member)
-        slot = tl.where(over, tl.where(member < 0, prompt_start, suffix_start), slot + BLOCK)
-
-    top = tl.max(highest, axis=0)
-    factor = tl.exp2(highest - top[None, :])
-    total = tl.sum(tl.sum(total, axis=2) * factor, axis=0)
-    acc = tl.sum(acc * factor[:, :, None], axis=0)
+    highest, total, acc = attend(
+        q,
+        highest,
+        total,
+        acc,
+        prompt_k_ptr,
+        prompt_v_ptr,
+        k_ptr,
+        v_ptr,
+        prompt_k_scale_ptr,
+        prompt_v_scale_ptr,
+        k_scale_ptr,
+        v_scale_ptr,
+        prompt_length,
+        length,
+        length,
+        layer,
+        question,
+        head,
+        tile,
+        split,
+        scale_log2,
+        Q,
+        G,
+        SHARE,
+        KV,
+        P,
+        C,
+        WINDOW,
+        CODED,
+        GENERATIONS,
+        BLOCK,
+        SPLITS,
+        STAGES,
+    )
+    top, total, acc = merge_warps(highest, total, acc)
     if SPLITS > 1:
         part = query * SPLITS + split
         tl.store(first_out_ptr + part * 2, tl.where(total > 0, top, float("-inf")), mask=valid)
         tl.store(first_out_ptr + part * 2 + 1, total, mask=valid)
         tl.store(second_out_ptr + part[:, None] * D + depth[None, :], acc, mask=(valid & (total > 0))[:, None])
     else:
-        out = (acc / tl.where(valid, total, 1.0)[:, None]).to(first_out_ptr.dtype.element_ty)
-        target = query[:, None] * D
-        tl.store(first_out_ptr + target + depth[None, :], out, mask=valid[:, None])
-        if PERMUTED:
-            tl.store(second_out_ptr + target + permuted_column(depth)[None, :], out, mask=valid[:, None])
+        store_heads(first_out_ptr, second_out_ptr, query, valid, total, acc, PERMUTED)
 
 
 def form_constants(share: int, generations: int, config: tuning.AttentionConfig, permuted: bool) -> dict:
     """The blocks of this form; the shape's other constants are those of `decode_attention_triton.kernel_constants`."""
-    rows = max(config.prompt_rows, triton.next_power_of_2(share))
+    in_tile, rows = config.tile(share, generations)
     return {
-        "GENERATIONS": min(config.generations, generations, max(1, rows // share)),
+        "GENERATIONS": in_tile,
         "ROWS": rows,
         "BLOCK": config.block_slots,
         "WARPS": config.warps,
