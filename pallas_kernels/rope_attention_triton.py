@@ -20,7 +20,7 @@ from pallas_kernels import tuning, whole_attention_triton
 from pallas_kernels.decode_attention_triton import kernel_constants as attention_constants
 from pallas_kernels.rope_cache_triton import norm_heads, sum_heads
 from pallas_kernels.rows import Rows
-from pallas_kernels.whole_attention_triton import LOWEST, attend, merge_warps, store_heads
+from pallas_kernels.whole_attention_triton import LOWEST, attend, list_bases, list_of_blocks, merge_warps, store_heads
 
 
 @triton.jit
@@ -30,6 +30,16 @@ def join_halves(first, second):
     D: tl.constexpr = 2 * first.shape[1]
     of_first = (tl.arange(0, 2) == 0)[None, :, None]
     return tl.reshape(tl.where(of_first, first[:, None, :], second[:, None, :]), (N, D))
+
+
+@triton.jit
+def prefetch(keys, values, slots, D: tl.constexpr):
+    """Ask for the `slots` [BLOCK] of keys and values in the L2 cache, in the lines of 128 bytes that they take up."""
+    LINE: tl.constexpr = 128 // (keys.dtype.element_ty.primitive_bitwidth // 8)
+    lines = slots[:, None] * D + LINE * tl.arange(0, D // LINE)[None, :]
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [keys + lines], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(asm, "=r,l", [values + lines], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -73,8 +83,12 @@ def rope_attention_kernel(
     DTYPE: tl.constexpr,
     SLOT_IS_POINTER: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):
-    """Programs (tile of GENERATIONS, kv head, question). The caches that go in are those that come out."""
+    """Programs (tile of GENERATIONS, kv head, question). The caches that go in are those that come out.
+
+    PREFETCHED: blocks of the list that the L2 cache is asked for before the heads are waited for; 0 where inline PTX has no meaning.
+    """
     HALF: tl.constexpr = D // 2
     ALL: tl.constexpr = H + 2 * KV
     SHARE: tl.constexpr = H // KV
@@ -82,12 +96,10 @@ def rope_attention_kernel(
     K_ROW: tl.constexpr = GENERATIONS * SHARE
     V_ROW: tl.constexpr = K_ROW + GENERATIONS
     layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
-    slot = tl.load(slot_ptr) if SLOT_IS_POINTER else slot_ptr
     pid = tl.program_id(0)
     tile = pid % TILES
     head = (pid // TILES) % KV
     question = pid // (TILES * KV)
-    prompt_length = tl.load(prompt_lengths_ptr + question)
 
     # The tile's rows: query heads, of each generation together, then the generations' keys, then their values.
     row = tl.arange(0, ROWS)
@@ -107,6 +119,20 @@ def rope_attention_kernel(
     source = qkv_ptr + (generation * ALL + projected)[:, None] * D + depth
     bias = bias_ptr + (layer * ALL + projected)[:, None] * D + depth
     first, second = sum_heads(source, bias, exists[:, None], Q * G * ALL * D, PARTS, BIASED, D, DTYPE)
+    # Behind the heads' loads: what depends on these two would be waited for in front of them.
+    slot = tl.load(slot_ptr) if SLOT_IS_POINTER else slot_ptr
+    prompt_length = tl.load(prompt_lengths_ptr + question)
+    if PREFETCHED > 0:
+        _, _, _, _, _, place, first_slot = list_of_blocks(
+            prompt_length, slot, slot + 1, tile, 0, G, WINDOW, GENERATIONS, BLOCK, 1
+        )
+        prompt_base, suffix_base = list_bases(layer, question, head, tile, Q, G, KV, P, C, GENERATIONS)
+        base = tl.where(place < 0, prompt_base, suffix_base + place * (KV * C)) * D
+        last = tl.where(place < 0, prompt_length, slot) - 1
+        for block in tl.static_range(PREFETCHED):
+            slots = tl.maximum(tl.minimum(first_slot + block * BLOCK + tl.arange(0, BLOCK), last), 0)
+            keys = tl.where(place < 0, prompt_k_ptr, k_ptr) + base
+            prefetch(keys, tl.where(place < 0, prompt_v_ptr, v_ptr) + base, slots, D)
     turned_first, turned_second = first, second
     if NORMED:
         norm_ptr = tl.where(is_q[:, None], q_norm_ptr, k_norm_ptr) + layer * D + depth
@@ -184,6 +210,11 @@ def kernel_constants(
     }
 
 
+def prefetched(config: tuning.AttentionConfig) -> int:
+    """Blocks that the loop has asked for when it begins."""
+    return max(1, config.stages - 1)
+
+
 def grid(constants: dict) -> tuple[int]:
     """Those of the attention in one part."""
     return whole_attention_triton.grid(constants | {"SPLITS": 1})
@@ -240,6 +271,7 @@ def rope_attention(
         DTYPE={"bfloat16": tl.bfloat16, "float16": tl.float16}[dtype.name],
         SLOT_IS_POINTER=isinstance(slot, jax.Array),
         LAYER_IS_POINTER=isinstance(layer, jax.Array),
+        PREFETCHED=prefetched(config),
         **constants,
     )
     return Rows(out, reordered if permuted else None), k, v

@@ -26,6 +26,60 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
+def list_of_blocks(
+    prompt_length,
+    length,
+    tokens,
+    tile,
+    split,
+    G: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GENERATIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """(blocks of a part of a tile's list, first visible slot of the prompt and of a suffix, generations, first list, and the place).
+
+    The place where the part begins is one of the lists of slots, -1 for the prompt, then the tile's generations, and a slot of it.
+    """
+    TILES: tl.constexpr = (G + GENERATIONS - 1) // GENERATIONS
+    prompt_first = tl.maximum(prompt_length + tokens - WINDOW, 0) if WINDOW > 0 else 0
+    suffix_first = tl.maximum(tokens - WINDOW, 0) if WINDOW > 0 else 0
+    prompt_blocks = tl.maximum(tl.cdiv(prompt_length, BLOCK) - prompt_first // BLOCK, 0)
+    suffix_blocks = tl.cdiv(length, BLOCK) - suffix_first // BLOCK
+    members = tl.where(suffix_blocks > 0, tl.minimum(GENERATIONS, G - tile * GENERATIONS), 0)
+    blocks = prompt_blocks + members * suffix_blocks
+    each = tl.cdiv(blocks, SPLITS)
+    begin = split * each
+    index = (begin + blocks * tile // TILES) % tl.maximum(blocks, 1)
+    member = tl.where(index < prompt_blocks, -1, (index - prompt_blocks) // tl.maximum(suffix_blocks, 1))
+    of_suffix = suffix_first // BLOCK + index - prompt_blocks - member * suffix_blocks
+    slot = BLOCK * tl.where(member < 0, prompt_first // BLOCK + index, of_suffix)
+    first_member = tl.where(prompt_blocks > 0, -1, 0)
+    return tl.minimum(each, blocks - begin), prompt_first, suffix_first, members, first_member, member, slot
+
+
+@triton.jit
+def list_bases(
+    layer,
+    question,
+    head,
+    tile,
+    Q: tl.constexpr,
+    G: tl.constexpr,
+    KV: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    GENERATIONS: tl.constexpr,
+):
+    """Slots in front of the prompt's in its stack, and in front of the suffix of the tile's first generation in its own."""
+    prompt_base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
+    suffix_base = layer * tl.full((), Q * G * KV * C, tl.int64)
+    suffix_base += ((question * G + tile * GENERATIONS) * KV + head) * tl.full((), C, tl.int64)
+    return prompt_base, suffix_base
+
+
+@triton.jit
 def attend(
     q,
     highest,
@@ -68,36 +122,19 @@ def attend(
     WARPS: tl.constexpr = q.shape[0]
     ROWS: tl.constexpr = q.shape[1]
     D: tl.constexpr = q.shape[2]
-    TILES: tl.constexpr = (G + GENERATIONS - 1) // GENERATIONS
     SLOTS: tl.constexpr = BLOCK // WARPS
-    prompt_first = tl.maximum(prompt_length + tokens - WINDOW, 0) if WINDOW > 0 else 0
-    suffix_first = tl.maximum(tokens - WINDOW, 0) if WINDOW > 0 else 0
-    prompt_blocks = tl.maximum(tl.cdiv(prompt_length, BLOCK) - prompt_first // BLOCK, 0)
-    suffix_blocks = tl.cdiv(length, BLOCK) - suffix_first // BLOCK
-    members = tl.where(suffix_blocks > 0, tl.minimum(GENERATIONS, G - tile * GENERATIONS), 0)
-    blocks = prompt_blocks + members * suffix_blocks
-    each = tl.cdiv(blocks, SPLITS)
-    begin = split * each
-
-    # Where the list is: a generation of the tile, -1 in the prompt, and a slot. These are counted on from block to block, because
-    # all loads wait for them and the one warp of a scheduler has nothing else to do: a division there costs more than a product.
-    prompt_start = prompt_first // BLOCK * BLOCK
-    suffix_start = suffix_first // BLOCK * BLOCK
-    first_member = tl.where(prompt_blocks > 0, -1, 0)
-    index = (begin + blocks * tile // TILES) % tl.maximum(blocks, 1)
-    member = tl.where(index < prompt_blocks, -1, (index - prompt_blocks) // tl.maximum(suffix_blocks, 1))
-    block_of_suffix = index - prompt_blocks - member * suffix_blocks
-    slot = tl.where(member < 0, prompt_start + index * BLOCK, suffix_start + block_of_suffix * BLOCK)
-
-    prompt_base = layer * tl.full((), Q * KV * P, tl.int64) + (question * KV + head) * tl.full((), P, tl.int64)
-    suffix_base = layer * tl.full((), Q * G * KV * C, tl.int64)
-    suffix_base += ((question * G + tile * GENERATIONS) * KV + head) * tl.full((), C, tl.int64)
+    steps, prompt_first, suffix_first, members, first_member, member, slot = list_of_blocks(
+        prompt_length, length, tokens, tile, split, G, WINDOW, GENERATIONS, BLOCK, SPLITS
+    )
+    prompt_base, suffix_base = list_bases(layer, question, head, tile, Q, G, KV, P, C, GENERATIONS)
     generation = tl.arange(0, ROWS) // SHARE
     slots = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
     # Slots and depth times strides would be an addition for every copy; of one range, a copy's place is part of its instruction.
     offsets = tl.reshape(tl.arange(0, BLOCK * D), (WARPS, SLOTS, D))
     offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, D]), [1, 1, D])
-    for _ in tl.range(0, tl.minimum(each, blocks - begin), num_stages=STAGES):
+    # The place in the list is counted on from block to block, because all loads wait for it and the one warp of a scheduler has
+    # nothing else to do: a division there costs more than a product.
+    for _ in tl.range(0, steps, num_stages=STAGES):
         of_prompt = member < 0
         end = tl.where(of_prompt, prompt_length, length)
         base = slot + tl.where(of_prompt, prompt_base, suffix_base + member * (KV * C))
@@ -130,7 +167,7 @@ def attend(
         highest = highest_now
         over = slot + BLOCK >= end
         member = tl.where(over, tl.where(member + 1 == members, first_member, member + 1), member)
-        slot = tl.where(over, tl.where(member < 0, prompt_start, suffix_start), slot + BLOCK)
+        slot = tl.where(over, tl.where(member < 0, prompt_first, suffix_first) // BLOCK * BLOCK, slot + BLOCK)
     return highest, total, acc
 
 

@@ -136,6 +136,7 @@ def rope_attention(capability: int, config: tuning.AttentionConfig) -> tuple[int
     rotation = dict(EPS=1e-6, NORMED=True, BIASED=True)
     constants = rope_attention_triton.kernel_constants(qkv, prompt, suffix, 0.1, 100, config, True, **rotation)
     constants |= {"DTYPE": tl.bfloat16, "SLOT_IS_POINTER": True, "LAYER_IS_POINTER": True}
+    constants["PREFETCHED"] = rope_attention_triton.prefetched(config)
     halves = ("prompt_k_ptr", "prompt_v_ptr", "k_in_ptr", "v_in_ptr", "k_ptr", "v_ptr", "out_ptr", "permuted_ptr")
     types = dict.fromkeys((*halves, "bias_ptr"), "*bf16")
     types |= dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "*fp32")

@@ -188,6 +188,7 @@ def rope_attention(
         DTYPE=getattr(tl, str(k.dtype).removeprefix("torch.")),
         SLOT_IS_POINTER=pointers,
         LAYER_IS_POINTER=pointers,
+        PREFETCHED=rope_attention_triton.prefetched(config) if ON_GPU else 0,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
