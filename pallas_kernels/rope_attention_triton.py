@@ -4,7 +4,8 @@ The programs are those of `whole_attention_triton.py`: each owns a few generatio
 reads or writes their new slots. A program sums, norms and rotates its query heads and its generations' keys as
 `rope_cache_triton.py` does, with the same roundings, and writes keys and values into the caches. It does not wait to read them
 back: the new token is where the online softmax of one of the warps starts, (its score, 1, its values), and the list of blocks is
-that of the slots before.
+that of the slots before. New keys and values are rows of the tile of query heads, so that two small products of the tile with
+itself give those scores and values, in the layout that the loop wants.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false

@@ -9,7 +9,7 @@ Inside of a program every warp has its own slots of each block and its own onlin
 for another one's scores; the softmaxes are merged once, behind the loop. The warps are the batch of a batched product.
 
 With `suffix_splits` > 1 a program takes a part of the list and leaves (max, sum, weighted values) to the merge of
-`decode_attention_triton.py`, which launches this kernel.
+`decode_attention_triton.py`, which launches this kernel. `rope_attention_triton.py` puts rotation and cache write in front of it.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
