@@ -143,7 +143,7 @@ def check_kernel(
     launch.rope_and_cache(place(sums), *angles, *alone, slot, LAYER, *how)
     eps = float(jnp.finfo(dtype).eps)
     for got, want in zip(stacks[2:], alone, strict=True):
-        np.testing.assert_allclose(launch.float64(got), launch.float64(want), rtol=2 * eps, atol=2 * eps)
+        np.testing.assert_allclose(launch.float64(got), launch.float64(want), rtol=4 * eps, atol=4 * eps)
     q, new_k, new_v = oracle(qkv, cos, sin, k, v, norms, slot=slot)
     exact = [launch.float64(stack) for stack in stacks[:2]]
     want = attention(q, *exact, prompt[2], new_k, new_v, slot + 1, LAYER, SCALE, window)
