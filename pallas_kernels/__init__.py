@@ -15,6 +15,7 @@ from pallas_kernels.dense_matmul import dense_partial_sums
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.gated_matmul import gated_matmul
 from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partial_sums, reads_permuted
+from pallas_kernels.rope_attention import rope_attention
 from pallas_kernels.rope_cache import rope_and_cache
 from pallas_kernels.rows import AttentionParts, Rows, joined
 from pallas_kernels.token_logprobs import token_logprobs
@@ -42,5 +43,6 @@ __all__ = [
     "reads_permuted",
     "rms_norm",
     "rope_and_cache",
+    "rope_attention",
     "token_logprobs",
 ]

@@ -38,7 +38,7 @@ def decode_attention(
     Args:
       length: suffix slots in use, the one of the current token included; at least 1.
       layer: index into the stacked caches.
-      scale: factor of the scores, usually head_dim ** -0.5.
+      scale: positive factor of the scores, usually head_dim ** -0.5.
       window: keys further back than `window - 1` positions are invisible; a row's position is
         prompt_lengths + length - 1. None: everything before is visible. A traced window (layers that differ) always
         takes the reference.
@@ -81,7 +81,7 @@ def decode_attention_rows(
     `merged=False` is for a consumer that can merge: where the kernel leaves parts, the result is those.
     The other arguments and errors are those of `decode_attention`; permuted columns want a head_dim that divides by 16.
     """
-    _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v)
+    check_shapes(q.shape, prompt_k, prompt_v, prompt_lengths, k, v)
     _check_scales((prompt_k, prompt_v, k, v), scales)
     if permuted and q.shape[-1] % 16:
         raise ValueError(f"decode_attention: permuted columns come in sixteens, a head has {q.shape[-1]}")
@@ -112,8 +112,9 @@ def _check_scales(caches, scales) -> None:
         raise ValueError(f"decode_attention: a cache of {caches[0].dtype} wants scales {want}, got {got}")
 
 
-def _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v) -> None:
-    (questions, generations, heads, head_dim), kv_heads = q.shape, k.shape[3]
+def check_shapes(q_shape, prompt_k, prompt_v, prompt_lengths, k, v) -> None:
+    """ValueError where the arguments of `decode_attention` do not fit each other."""
+    (questions, generations, heads, head_dim), kv_heads = q_shape, k.shape[3]
     layers, prompt_slots, suffix_slots = k.shape[0], prompt_k.shape[3], k.shape[4]
     want_prompt = (layers, questions, kv_heads, prompt_slots, head_dim)
     want_suffix = (layers, questions, generations, kv_heads, suffix_slots, head_dim)
@@ -124,7 +125,7 @@ def _check_shapes(q, prompt_k, prompt_v, prompt_lengths, k, v) -> None:
         or v.shape != want_suffix
     ):
         raise ValueError(
-            f"decode_attention: q {q.shape} wants prompt_k, prompt_v {want_prompt} and k, v {want_suffix}, got "
+            f"decode_attention: q {q_shape} wants prompt_k, prompt_v {want_prompt} and k, v {want_suffix}, got "
             f"{prompt_k.shape}, {prompt_v.shape}, {k.shape}, {v.shape}"
         )
     if heads % kv_heads or prompt_lengths.shape != (questions,):

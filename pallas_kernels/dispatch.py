@@ -210,6 +210,30 @@ def rope_and_cache_problem(device: Device, dtype, head_dim: int, cache_dtype=Non
     return None
 
 
+def rope_attention_problem(
+    device: Device,
+    dtype,
+    head_dim: int,
+    static_window: bool,
+    softcap: float | None,
+    cache_dtype,
+    takes_new_tokens: bool,
+) -> str | None:
+    """Why rotation, cache write and attention cannot be one kernel; None when they can, and then that is faster.
+
+    `takes_new_tokens` is that of the attention's configuration.
+    """
+    if problem := decode_attention_problem(device, dtype, head_dim, static_window, softcap, cache_dtype):
+        return problem
+    if jnp.dtype(cache_dtype) != jnp.dtype(dtype):
+        return f"keys and values must have the activations' type, got {jnp.dtype(cache_dtype).name}"
+    return (
+        None
+        if takes_new_tokens
+        else "the programs of its attention do not take new tokens (AttentionConfig.takes_new_tokens)"
+    )
+
+
 NORM_WIDTH = 8192
 """Widest row that the norm's kernel keeps in the registers of one program."""
 

@@ -50,7 +50,7 @@ def rope_and_cache(
       ValueError: shapes do not fit, or the named implementation cannot run here.
     """
     parts, dtype = qkv if qkv.ndim == 4 else qkv[None], jnp.dtype(dtype or qkv.dtype)
-    _check_shapes(parts, cos, sin, k, v, bias)
+    check_shapes(parts, cos, sin, k, v, bias)
     if (scales is not None) != cache_codes.is_coded(k.dtype) or (scales and scales[0].shape != k.shape[:-1]):
         raise ValueError(f"rope_and_cache: a cache of {k.dtype}{k.shape} got scales {scales and scales[0].shape}")
     slot, layer = (i if isinstance(i, int) else jnp.asarray(i, jnp.int32) for i in (slot, layer))
@@ -67,7 +67,8 @@ def rope_and_cache(
     return reference(qkv, cos, sin, k, v, slot, layer, norms, eps, scales)
 
 
-def _check_shapes(parts, cos, sin, k, v, bias) -> None:
+def check_shapes(parts, cos, sin, k, v, bias) -> None:
+    """ValueError where the arguments of `rope_and_cache` do not fit each other."""
     kv_heads, head_dim = k.shape[3], k.shape[5]
     heads = parts.shape[-1] // head_dim - 2 * kv_heads
     want, table = (*k.shape[1:3], (heads + 2 * kv_heads) * head_dim), (k.shape[1], head_dim // 2)

@@ -17,6 +17,43 @@ HEADS, WARPS = 4, 4
 
 
 @triton.jit
+def sum_heads(
+    qkv,
+    bias,
+    exists,
+    STRIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIASED: tl.constexpr,
+    D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Both halves of heads, float32: partial sums, STRIDE apart, and bias, rounded to DTYPE.
+
+    `qkv` and `bias` point to the first half of every head, [HEADS, D / 2], of which those that `exists` are read.
+    """
+    first = tl.load(qkv, mask=exists, other=0.0).to(tl.float32)
+    second = tl.load(qkv + D // 2, mask=exists, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        first += tl.load(qkv + part * STRIDE, mask=exists, other=0.0).to(tl.float32)
+        second += tl.load(qkv + part * STRIDE + D // 2, mask=exists, other=0.0).to(tl.float32)
+    if BIASED:
+        first += tl.load(bias, mask=exists, other=0.0).to(tl.float32)
+        second += tl.load(bias + D // 2, mask=exists, other=0.0).to(tl.float32)
+    return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def norm_heads(first, second, scale_ptr, EPS: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    """The RMS norm of heads by their halves; `scale_ptr` points to the first half of each one's scale, [HEADS or 1, D / 2]."""
+    inverse = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + EPS)[:, None]
+    first_scale = tl.load(scale_ptr).to(DTYPE).to(tl.float32)
+    second_scale = tl.load(scale_ptr + D // 2).to(DTYPE).to(tl.float32)
+    first = ((first * inverse).to(DTYPE).to(tl.float32) * first_scale).to(DTYPE).to(tl.float32)
+    second = ((second * inverse).to(DTYPE).to(tl.float32) * second_scale).to(DTYPE).to(tl.float32)
+    return first, second
+
+
+@triton.jit
 def rope_and_cache_kernel(
     qkv_ptr,
     cos_ptr,
@@ -69,29 +106,16 @@ def rope_and_cache_kernel(
     angle = (row // G) * HALF + depth
     cos = tl.load(cos_ptr + angle).to(DTYPE).to(tl.float32)
     sin = tl.load(sin_ptr + angle).to(DTYPE).to(tl.float32)
-    first = tl.zeros((HEADS, HALF), tl.float32)
-    second = tl.zeros((HEADS, HALF), tl.float32)
-    for part in tl.static_range(PARTS):
-        source = qkv_ptr + ((part * ROWS + row) * ALL + head[:, None]) * D + depth
-        first += tl.load(source, mask=exists, other=0.0).to(tl.float32)
-        second += tl.load(source + HALF, mask=exists, other=0.0).to(tl.float32)
-    if BIASED:
-        bias = bias_ptr + (layer * ALL + head[:, None]) * D + depth
-        first += tl.load(bias, mask=exists, other=0.0).to(tl.float32)
-        second += tl.load(bias + HALF, mask=exists, other=0.0).to(tl.float32)
-    first = first.to(DTYPE).to(tl.float32)
-    second = second.to(DTYPE).to(tl.float32)
+    source = qkv_ptr + (row * ALL + head[:, None]) * D + depth
+    bias = bias_ptr + (layer * ALL + head[:, None]) * D + depth
+    first, second = sum_heads(source, bias, exists, ROWS * ALL * D, PARTS, BIASED, D, DTYPE)
 
     is_q = (head < H)[:, None]
     rotates = (head < H + KV)[:, None]
     turned_first, turned_second = first, second
     if NORMED:
-        inverse = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + EPS)[:, None]
         scale_ptr = tl.where(is_q, q_norm_ptr, k_norm_ptr) + layer * D + depth
-        first_scale = tl.load(scale_ptr).to(DTYPE).to(tl.float32)
-        second_scale = tl.load(scale_ptr + HALF).to(DTYPE).to(tl.float32)
-        turned_first = ((first * inverse).to(DTYPE).to(tl.float32) * first_scale).to(DTYPE).to(tl.float32)
-        turned_second = ((second * inverse).to(DTYPE).to(tl.float32) * second_scale).to(DTYPE).to(tl.float32)
+        turned_first, turned_second = norm_heads(first, second, scale_ptr, EPS, D, DTYPE)
     first = tl.where(rotates, turned_first * cos - turned_second * sin, first)
     second = tl.where(rotates, turned_second * cos + turned_first * sin, second)
 

@@ -96,6 +96,16 @@ class AttentionConfig:
     stages: int
     generations: int = 0
 
+    def tile(self, share: int, group: int) -> tuple[int, int]:
+        """(generations, rows) of a program's tile for groups of `group` and `share` query heads a kv head."""
+        rows = max(self.prompt_rows, power_of_two(share))
+        return min(self.generations, group, max(1, rows // share)), rows
+
+    def takes_new_tokens(self, share: int, group: int) -> bool:
+        """Whether a program takes all that its rows see, and its tile has rows for the new key and value of each generation too."""
+        generations, rows = self.tile(share, group)
+        return self.generations > 0 and self.suffix_splits == 1 and generations * (share + 2) <= rows
+
 
 def device_file(device_name: str) -> str:
     """'NVIDIA H200' -> 'nvidia_h200.json'."""

@@ -1,13 +1,14 @@
 """Time the kernels inside compiled JAX programs, next to what XLA and cuBLAS do, after checking that they are right.
 
-    python scripts/bench_kernels.py [--op int4_matmul dense_matmul gated_matmul between decode_attention token_logprobs]
-        [--rows 16 64 256] [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
+    python scripts/bench_kernels.py [--op int4_matmul dense_matmul gated_matmul between decode_attention rope_attention
+        token_logprobs] [--rows 16 64 256] [--suffixes 1 256 512] [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
 
 One JSON object a measurement (on stdout, and in --json FILE), then a table. A time is that of one call inside a program
 that makes many dependent calls, over a stack of layers larger than the L2 cache, median of several runs of the program.
 The bound is bytes moved / copy bandwidth or operations / bf16 matmul rate, whichever is larger; both rates are measured
 first, on this GPU. The check draws fresh inputs and compares with float64 (numpy), on odd shapes. 'between' are the
-operations between two products: residual with norm, and the MLP's gate, of five and of two partial sums.
+operations between two products: residual with norm, and the MLP's gate, of five and of two partial sums. 'rope_attention' is
+rotation, cache write and attention of four partial sums at 64 rows, as one kernel and 'apart'.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SHAPES = {  # output and input widths of the linear layers: (N, K)
 HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
 GATE_UP = 2  # of a model's SHAPES
 GROUP, RANK = 64, 32
-OPS = ("int4_matmul", "dense_matmul", "gated_matmul", "between", "decode_attention", "token_logprobs")
+OPS = ("int4_matmul", "dense_matmul", "gated_matmul", "between", "decode_attention", "rope_attention", "token_logprobs")
 STACK_BYTES = 2**28
 
 
@@ -243,6 +244,68 @@ def bench_attention(shapes, rates, report, compare: bool) -> None:
         )
 
 
+def rotate_and_attend(parts, layer, cos, sin, pk, pv, lengths, k, v, slot, fused: bool):
+    """One layer's (outputs, k, v), by one kernel or by two."""
+    how = dict(layer=layer, scale=k.shape[-1] ** -0.5, permuted=False)
+    if fused:
+        arguments = (parts, cos, sin, pk, pv, lengths, k, v, slot)
+        rows, k, v, _ = pallas_kernels.rope_attention(*arguments, dtype=jnp.bfloat16, implementation="triton", **how)
+        return rows.plain, k, v
+    q, k, v, _ = pallas_kernels.rope_and_cache(parts, cos, sin, k, v, slot, layer=layer, dtype=jnp.bfloat16)
+    return pallas_kernels.decode_attention_rows(q, pk, pv, lengths, k, v, slot + 1, **how).plain, k, v
+
+
+def rotating_loop(fused: bool, layers: int, calls: int, iterations: int):
+    """As `decoding_loop`, but carrying the caches, which every call writes in place."""
+
+    def program(parts, k, v, cos, sin, pk, pv, lengths, slot):
+        def body(_, carry):
+            parts, k, v = carry
+            total = 0.0
+            for call in range(calls):
+                out, k, v = rotate_and_attend(parts, call % layers, cos, sin, pk, pv, lengths, k, v, slot, fused)
+                parts, out = lax.optimization_barrier((parts, out))
+                total += out[0, 0].astype(jnp.float32)
+            return parts + 0 * total, k, v
+
+        return lax.fori_loop(0, iterations, body, (parts, k, v))[0]
+
+    return jax.jit(program)
+
+
+def bench_rope_attention(shapes, suffixes, rates, report) -> None:
+    """64 rows, prompt 256: the kernel, and its two parts by their own rules; suffixes count the token that is written."""
+    calls, iterations, q, g, prompt = 28, 100, 8, 8, 256  # so many that copying the caches once does not show
+    for model, length in [(name, length) for name in shapes for length in suffixes]:
+        heads, kv, depth = HEADS[model]
+        layers = int(max(2, min(28, STACK_BYTES // (4 * depth * kv * q * (prompt + g * max(suffixes))))))
+        keys = jax.random.split(jax.random.key(length), 5)
+        parts = jax.random.normal(keys[0], (4, q, g, (heads + 2 * kv) * depth))
+        pk, pv = (jax.random.normal(key, (layers, q, kv, prompt, depth), jnp.bfloat16) for key in keys[1:3])
+        k, v = (jax.random.normal(key, (layers, q, g, kv, max(suffixes), depth), jnp.bfloat16) for key in keys[3:])
+        angles = jnp.ones((q, depth // 2))
+        operands = (parts, k, v, angles, angles, pk, pv, jnp.full((q,), prompt, jnp.int32), jnp.int32(length - 1))
+        empty = seconds(jax.jit(lambda x: x[:1]), parts)
+        times = {
+            name: (seconds(rotating_loop(fused, layers, calls, iterations), *operands) - empty)
+            / calls
+            / iterations
+            * 1e6
+            for name, fused in (("triton", True), ("apart", False))
+        }
+        moved = 4 * depth * kv * q * (prompt + g * length) + parts.nbytes + 2 * q * g * heads * depth
+        report(
+            op="rope_attention",
+            shape=f"{model} prompt 256, suffix {length} of {max(suffixes)}",
+            rows=q * g,
+            bound=moved / rates[0] * 1e6,
+            bytes=moved,
+            flops=4 * q * g * heads * depth * (prompt + length),
+            chosen=times["triton"],
+            **times,
+        )
+
+
 def bench_logprobs(rates, report) -> None:
     """Forward, and forward with the gradient of hidden, for 4096 positions of the 1.5B head."""
     n, width, vocabulary = 4096, 1536, 151936
@@ -294,6 +357,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--suffixes", nargs="+", type=int, default=[1, 256, 512], help="of rope_attention")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--seed", type=int, default=time.time_ns() % 2**31, help="of the check's inputs; fresh by default"
@@ -340,6 +404,8 @@ def main(arguments: list[str]) -> None:
         bench_between(options.shapes, options.rows, rates, report)
     if "decode_attention" in options.op:
         bench_attention(options.shapes, rates, report, not options.no_compare)
+    if "rope_attention" in options.op:
+        bench_rope_attention(options.shapes, options.suffixes, rates, report)
     if "token_logprobs" in options.op:
         bench_logprobs(rates, report)
     print(table(rows))

@@ -59,6 +59,33 @@ def check_attention(rng: np.random.Generator) -> float:
     return worst
 
 
+def check_rope_attention(rng: np.random.Generator) -> float:
+    """The rule's choice (of these sizes, one kernel on an H200) and the twins, over layouts and slots: outputs and both caches."""
+    worst = 0.0
+    for heads, kv_heads, generations, normed in [(6, 2, 9, True), (12, 2, 8, False), (4, 1, 5, True)]:
+        q, prompt, suffix, depth = 32, 100, 150, 128
+        draw = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+        parts = draw(3, q, generations, (heads + 2 * kv_heads) * depth, dtype=jnp.float32)
+        angles = [jnp.asarray(f(rng.normal(size=(q, depth // 2)) * 9), jnp.float32) for f in (np.cos, np.sin)]
+        prompts = [draw(2, q, kv_heads, prompt, depth) for _ in "kv"]
+        caches = [draw(2, q, generations, kv_heads, suffix, depth) for _ in "kv"]
+        lengths = jnp.asarray(rng.integers(1, prompt + 1, q), jnp.int32)
+        norms, bias = (draw(2, depth), draw(2, depth)) if normed else None, draw(2, parts.shape[-1])
+        how = dict(layer=1, scale=0.1, permuted=True, window=70, norms=norms, bias=bias, dtype=jnp.bfloat16)
+        run = jax.jit(
+            lambda slot, *a, how=how, implementation=None: pallas_kernels.rope_attention(
+                *a, slot, implementation=implementation, **how
+            ),
+            static_argnames="implementation",
+        )
+        for slot in (0, 1, 77, suffix - 1):
+            arguments = (slot, parts, *angles, *prompts, lengths, *caches)
+            results = [jax.tree.leaves(run(*arguments, implementation=name)) for name in (None, "reference")]
+            for got, want in zip(*results, strict=True):
+                worst = max(worst, oracles.relative_error(got, want))
+    return worst
+
+
 def check_partial_sums(rng: np.random.Generator) -> float:
     """Products that leave partial sums, and the operations that add them, in the orders of columns that they hand on."""
     worst = 0.0
@@ -108,6 +135,7 @@ def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> l
 CHECKS = {
     "int4_matmul": check_int4,
     "decode_attention": check_attention,
+    "rope_attention": check_rope_attention,
     "partial_sums": check_partial_sums,
     "gated_matmul": check_gated,
 }

@@ -4,6 +4,7 @@ All rows write the same slot at the same step, so a step is one `dynamic_update_
 Slots are minor to heads (`[…, K, T, Hd]`): what one kv head of one row reads is contiguous.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -60,6 +61,10 @@ class KVCache:
             scales = (jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
         length = jnp.zeros((), jnp.int32)
         return cls(prompt_k, prompt_v, prompt_lengths, empty, jnp.zeros_like(empty), length, prompt_scales, scales)
+
+    def written(self, k: Array, v: Array, scales: tuple[Array, Array] | None) -> "KVCache":
+        """The same with other keys, values and scales of the completions."""
+        return dataclasses.replace(self, k=k, v=v, scales=scales)
 
     @property
     def all_scales(self) -> tuple[Array, Array, Array, Array] | None:

@@ -12,6 +12,7 @@ pytrees (`base_shapes` states them), because `Int4Weight` leaves and stacked lay
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -187,32 +188,11 @@ class Transformer(nn.Module):
         else:
             adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
             layers = DecodeLayers(self.config, base, adapter, self.dtype)
-        write = self._cache_writer(base["layers"], cache)
+        attention = self._decode_attention(base["layers"], cache)
 
         def body(layer: int | Array, carry: tuple[Array, Any, KVCache]) -> tuple[Array, Any, KVCache]:
             residual, ahead, cache = carry
-
-            def attend(qkv: Array, permuted: bool, merged: bool = True) -> tuple[Rows | AttentionParts, KVCache]:
-                q, written = write(qkv, cache, layer)
-                out = pallas_kernels.decode_attention_rows(
-                    q,
-                    written.prompt_k,
-                    written.prompt_v,
-                    written.prompt_lengths,
-                    written.k,
-                    written.v,
-                    written.length + 1,
-                    layer=layer,
-                    scale=self.config.score_scale,
-                    window=self._window(layer),
-                    softcap=self.config.attention_softcap,
-                    scales=written.all_scales,
-                    permuted=permuted,
-                    merged=merged,
-                )
-                return out, written
-
-            return layers.layer(layer, residual, ahead, attend)
+            return layers.layer(layer, residual, ahead, partial(attention, cache, layer))
 
         x = self._embed(base, tokens)
         residual = x.reshape(-1, x.shape[-1])
@@ -261,10 +241,10 @@ class Transformer(nn.Module):
         mlp = linear("down", ACTIVATIONS[self.config.activation](gate) * up)
         return x + self._out_norm(mlp, weights, "mlp_out_norm", layer), kept
 
-    def _cache_writer(self, weights: Any, cache: KVCache) -> Callable[..., tuple[Array, KVCache]]:
-        """(partial sums of qkv `[S, Q·G, …]`, cache, layer) -> (q rotated, the cache with slot `cache.length` written).
+    def _decode_attention(self, weights: Any, cache: KVCache) -> Callable[..., tuple[Rows | AttentionParts, KVCache]]:
+        """(cache, layer, then as `AttendParts`) -> (the heads' outputs, the cache with slot `cache.length` written).
 
-        One fused operation where it covers the family: heads that are rotated whole, norms without an offset.
+        One operation with rotation and cache write where that covers the family: heads that are rotated whole, norms without an offset.
         """
         positions, bias = cache.prompt_lengths + cache.length, weights.get("qkv_bias")
         norms = (weights["q_norm"], weights["k_norm"]) if self.config.qk_norm else None
@@ -272,24 +252,30 @@ class Transformer(nn.Module):
         fused = all(rope.partial == 1.0 for rope in ropes) and not (norms and self.config.norm_offset)
         tables = rope_tables(positions, *self._rope(0)) if self.config.local_rope is None else None
 
-        def write(qkv: Array, cache: KVCache, layer: int | Array) -> tuple[Array, KVCache]:
-            kv, scales, slot = (cache.k, cache.v), cache.scales, cache.length
+        def attend(
+            cache: KVCache, layer: int | Array, qkv: Array, permuted: bool, merged: bool = True
+        ) -> tuple[Rows | AttentionParts, KVCache]:
             qkv = qkv.reshape(qkv.shape[0], *cache.k.shape[1:3], -1)
+            prompt, kv, slot = (cache.prompt_k, cache.prompt_v, cache.prompt_lengths), (cache.k, cache.v), cache.length
+            how: dict[str, Any] = dict(layer=layer, scale=self.config.score_scale, window=self._window(layer))
+            how |= dict(softcap=self.config.attention_softcap, permuted=permuted, merged=merged)
             if fused:
                 cos, sin = tables or rope_tables(positions, *self._rope(layer))
-                how: dict[str, Any] = dict(
-                    norms=norms, eps=self.config.rms_norm_eps, scales=scales, bias=bias, dtype=self.dtype
+                how |= dict(norms=norms, eps=self.config.rms_norm_eps, bias=bias, dtype=self.dtype)
+                out, k, v, scales = pallas_kernels.rope_attention(
+                    qkv, cos, sin, *prompt, *kv, slot, scales=cache.all_scales, **how
                 )
-                q, *written = pallas_kernels.rope_and_cache(qkv, cos, sin, *kv, slot, layer=layer, **how)
-            else:
-                whole = joined(qkv, self.dtype)
-                whole = whole if bias is None else whole + bias[layer].astype(self.dtype)
-                rows = jnp.broadcast_to(positions[:, None], whole.shape[:2])
-                q, *new = self._heads(whole, rows, weights, layer)
-                written = write_slot(kv, (new[0], new[1]), slot, layer, scales)
-            return q, dataclasses.replace(cache, **dict(zip(("k", "v", "scales"), written, strict=True)))
+                return out, cache.written(k, v, scales)
+            whole = joined(qkv, self.dtype)
+            whole = whole if bias is None else whole + bias[layer].astype(self.dtype)
+            rows = jnp.broadcast_to(positions[:, None], whole.shape[:2])
+            q, *new = self._heads(whole, rows, weights, layer)
+            cache = cache.written(*write_slot(kv, (new[0], new[1]), slot, layer, cache.scales))
+            kv = (cache.k, cache.v)
+            out = pallas_kernels.decode_attention_rows(q, *prompt, *kv, slot + 1, scales=cache.all_scales, **how)
+            return out, cache
 
-        return write
+        return attend
 
     def _heads(self, qkv: Array, positions: Array, weights: Any, layer: int | Array) -> tuple[Array, Array, Array]:
         """Split the fused projection into heads `[…, heads, Hd]`, norm q and k where the family does, and rotate them."""

@@ -26,6 +26,7 @@ from pallas_kernels import (
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
+    rope_attention_triton,
     rope_cache_triton,
     tuning,
 )
@@ -128,6 +129,21 @@ def rope_and_cache(capability: int, layer_type: str, cache_type: str = "bfloat16
     return compile_kernel(rope_cache_triton.rope_and_cache_kernel, types, constants, blocks, capability)
 
 
+def rope_attention(capability: int, config: tuning.AttentionConfig) -> tuple[int, int]:
+    """With norms, a bias and three partial sums."""
+    qkv = ShapeDtypeStruct((3, 8, 8, 16 * 128), "float32")
+    prompt, suffix = (ShapeDtypeStruct(shape, "bfloat16") for shape in [(2, 8, 2, 256, 128), (2, 8, 8, 2, 512, 128)])
+    rotation = dict(EPS=1e-6, NORMED=True, BIASED=True)
+    constants = rope_attention_triton.kernel_constants(qkv, prompt, suffix, 0.1, 100, config, True, **rotation)
+    constants |= {"DTYPE": tl.bfloat16, "SLOT_IS_POINTER": True, "LAYER_IS_POINTER": True}
+    constants["PREFETCHED"] = rope_attention_triton.prefetched(config)
+    halves = ("prompt_k_ptr", "prompt_v_ptr", "k_in_ptr", "v_in_ptr", "k_ptr", "v_ptr", "out_ptr", "permuted_ptr")
+    types = dict.fromkeys((*halves, "bias_ptr"), "*bf16")
+    types |= dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "*fp32")
+    types |= dict.fromkeys(("prompt_lengths_ptr", "slot_ptr", "layer_ptr"), "*i32")
+    return compile_kernel(rope_attention_triton.rope_attention_kernel, types, constants, config, capability)
+
+
 def dequantize(capability: int) -> tuple[int, int]:
     """A layer of a stack, with the adapter's columns."""
     packed, scales = ShapeDtypeStruct((2, 17920, 768), "uint8"), ShapeDtypeStruct((2, 17920, 24), "bfloat16")
@@ -196,6 +212,9 @@ if __name__ == "__main__":
             whole = tuning.AttentionConfig(64, 16, parts, 0, 4, 3, generations)
             name = f"whole_attention-{generations}-{parts}-sm_{target}"
             print(name, *decode_attention(128, target, config=whole), flush=True)
+        for generations in (1, 2):
+            whole = tuning.AttentionConfig(64, 16, 1, 0, 4, 3, generations)
+            print(f"rope_attention-{generations}-sm_{target}", *rope_attention(target, whole), flush=True)
         for layer_type in ("*i32", "i32", "constexpr"):
             print(f"rope_and_cache-{layer_type}-sm_{target}", *rope_and_cache(target, layer_type), flush=True)
         for rows, swapped in ((16, True), (64, False), (64, True), (128, True)):

@@ -20,6 +20,8 @@ from pallas_kernels import (
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
+    rope_attention_triton,
+    rope_cache_triton,
 )
 from pallas_kernels.codes import NF4, PER_BYTE
 from pallas_kernels.rows import AttentionParts, merge_parts
@@ -157,6 +159,64 @@ def decode_attention(
         merged = merge_parts(AttentionParts(*(jnp.asarray(part.cpu().numpy()) for part in parts)))
         np.testing.assert_allclose(merged, out.cpu().numpy(), rtol=1e-5, atol=1e-5)
     return out.cpu().numpy().reshape(q.shape)
+
+
+def rope_attention(
+    sums, cos, sin, prompt_k, prompt_v, lengths, k, v, slot, layer, norms, bias, eps, scale, window, config, pointers
+) -> np.ndarray:
+    """The kernel as `rope_attention_triton.rope_attention` launches it, torch in: the outputs, and k and v are written."""
+    given = dict(EPS=eps, NORMED=norms is not None, BIASED=bias is not None)
+    constants = rope_attention_triton.kernel_constants(sums, prompt_k, k, scale, window, config, True, **given)
+    out, reordered = (poisoned(sums.shape[1] * sums.shape[2], constants["H"] * constants["D"]) for _ in "ab")
+    rope_attention_triton.rope_attention_kernel[rope_attention_triton.grid(constants)](
+        sums,
+        cos,
+        sin,
+        prompt_k,
+        prompt_v,
+        lengths,
+        k,
+        v,
+        *(norms or (cos, cos)),
+        cos if bias is None else bias,
+        scalar(slot) if pointers else slot,
+        scalar(layer) if pointers else layer,
+        k,
+        v,
+        out,
+        reordered,
+        DTYPE=getattr(tl, str(k.dtype).removeprefix("torch.")),
+        SLOT_IS_POINTER=pointers,
+        LAYER_IS_POINTER=pointers,
+        PREFETCHED=rope_attention_triton.prefetched(config) if ON_GPU else 0,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **constants,
+    )
+    assert torch.equal(reordered, permuted(out))
+    return out.cpu().numpy()
+
+
+def rope_and_cache(sums, cos, sin, k, v, slot, layer, norms, bias, eps):
+    """The kernel on torch tensors of values, not codes: k and v are written."""
+    constants = rope_cache_triton.kernel_constants(sums, k, eps, norms is not None, bias is not None)
+    rope_cache_triton.rope_and_cache_kernel[rope_cache_triton.grid(constants)](
+        sums,
+        cos,
+        sin,
+        *(k, v, cos, cos),
+        *(norms or (cos, cos)),
+        cos if bias is None else bias,
+        slot,
+        layer,
+        poisoned(*sums.shape[1:3], constants["H"], constants["D"]),
+        *(k, v, cos, cos),
+        DTYPE=getattr(tl, str(k.dtype).removeprefix("torch.")),
+        SLOT_IS_POINTER=False,
+        LAYER_IS_POINTER=False,
+        num_warps=rope_cache_triton.WARPS,
+        **constants,
+    )
 
 
 def add_rms_norm(case, layer: int, eps: float, dtype: str, pointer: bool):

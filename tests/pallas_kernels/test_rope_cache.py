@@ -26,7 +26,7 @@ def case(normed: bool, dtype: str, questions=2, group=3, heads=6, kv_heads=2, de
     return qkv, *tables, *(np.asarray(jnp.asarray(part, dtype)) for part in cache), norms
 
 
-def oracle(qkv, cos, sin, k, v, norms, rounding: str | None = None):
+def oracle(qkv, cos, sin, k, v, norms, rounding: str | None = None, slot: int = SLOT):
     """float64; with `rounding`, rounded to that dtype at the points where kernel and twin round.
 
     These are: the normed head, its scale, their product, cos, sin and the rotated head (which a code is taken of).
@@ -47,7 +47,7 @@ def oracle(qkv, cos, sin, k, v, norms, rounding: str | None = None):
         np.concatenate([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
         for x in (q, new_k)
     )
-    k[LAYER, :, :, :, SLOT], v[LAYER, :, :, :, SLOT] = rounded(new_k), new_v
+    k[LAYER, :, :, :, slot], v[LAYER, :, :, :, slot] = rounded(new_k), new_v
     return rounded(q), k, v
 
 

@@ -23,7 +23,7 @@ HEAD = built.CONFIG.vocab_size, built.CONFIG.hidden_size
 MATRICES = {int(np.prod(shape)) for shape in (*matrix_shapes(built.CONFIG).values(), HEAD)}
 OUTSIDE_OF_LAYERS = 18
 """Kernels of a step beside its layers': head, draw, record, embedding, angles, counters, first norm (docs/benchmarks.md)."""
-OF_A_LAYER = {"bf16": 8, "int8": 3, "int4": 13}
+OF_A_LAYER = {"bf16": 7, "int8": 2, "int4": 12}
 """With a merged copy; of one in 8 bits all between two attentions is one; with an int4 base and adapter there are four products more."""
 OF_8_BITS = {"bf16": 0, "int8": 3, "int4": 0}
 """The first layer's qkv, the counter for programs to meet at, and the rows of the head with permuted columns."""
