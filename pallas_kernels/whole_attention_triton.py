@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import tuning
-from pallas_kernels.add_rms_norm_triton import permuted_column
 
 LOWEST = tl.constexpr(-1e30)
 """Start of the running maximum: below every score, and finite, so that rows that have seen nothing yet make no NaN."""
