@@ -196,25 +196,40 @@ def _columns_in_flight(block_m: int, groups: int) -> int:
 def _multiply_ring(plan: Plan, ring: _Ring, sums, used, first, last) -> None:
     """Add the products of blocks `first` to `last`, the warp group's rows of their weights; `used` blocks of the ring were before.
 
-    The tensor core ends a block before the next one is dequantized: what it still reads in registers, the compiler protects within
-    an iteration and not in the next (weights of one group a block came out wrong on an H200).
+    The tensor core ends an iteration's blocks in it: what it still reads in registers, the compiler protects within an iteration and
+    not in the next (weights of one group a block came out wrong on an H200). Where registers hold two blocks, an iteration has two.
     """
     wait_every = max(1, _columns_in_flight(plan.config.block_m, plan.warpgroups) // plan.group)
+    unroll = 2 if PER_BYTE[plan.code] == 1 and 2 * plan.groups <= wait_every else 1
     rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
 
-    @pl.loop(first, last)
-    def _(step):
-        slot = lax.rem(used - first + step, plan.config.stages)
+    def multiply(steps: list) -> None:
+        before = None
+        for step in steps:
+            slot = lax.rem(used - first + step, plan.config.stages)
 
-        def scales(group):
-            return ring.scales.at[slot, rows, lax.rem(step * plan.groups, SCALES_READ) + group]
+            def scales(group, step=step, slot=slot):
+                return ring.scales.at[slot, rows, lax.rem(step * plan.groups, SCALES_READ) + group]
 
-        plgpu.barrier_wait(ring.full.at[slot])
-        for index, weights in enumerate(dequantized_groups(plan, ring.packed.at[slot, rows], scales)):
-            add_product(ring.left, sums, weights, ring.x.at[slot, :, pl.ds(index * plan.group, plan.group)])
-            if (index + 1) % wait_every == 0 or index + 1 == plan.groups:
-                plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(ring.empty.at[slot])
+            plgpu.barrier_wait(ring.full.at[slot])
+            for index, weights in enumerate(dequantized_groups(plan, ring.packed.at[slot, rows], scales)):
+                add_product(ring.left, sums, weights, ring.x.at[slot, :, pl.ds(index * plan.group, plan.group)])
+                if (index + 1) % wait_every == 0 and index + 1 < plan.groups:
+                    plgpu.wgmma_wait(0)
+            if before is not None:
+                plgpu.wgmma_wait(plan.groups)
+                plgpu.barrier_arrive(ring.empty.at[before])
+            before = slot
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(ring.empty.at[before])
+
+    if unroll > 1:
+        several = lax.div(last - first, unroll)
+        pl.loop(0, several)(lambda turn: multiply([first + turn * unroll + i for i in range(unroll)]))
+        first_left = first + several * unroll
+    else:
+        first_left = first
+    pl.loop(first_left, last)(lambda step: multiply([step]))
 
 
 def dequantized_groups(plan: Plan, packed, scales: Callable[[int], Any]) -> Iterator[Any]:

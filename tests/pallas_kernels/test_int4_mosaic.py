@@ -128,7 +128,7 @@ def test_the_differentiable_product_of_few_rows_is_the_kernels(code, split_k, mo
     def product(x):
         return int4_matmul(x, jnp.asarray(packed), scales, xa=xa, lora_b=b, out_dtype=jnp.float32, code=code)
 
-    out, pull = jax.vjp(product, x)
+    out, pull = jax.vjp(jax.jit(product), x)
     assert launched
     assert out.dtype == jnp.float32
     adapter = np.asarray(xa, np.float64) @ np.asarray(b, np.float64).T

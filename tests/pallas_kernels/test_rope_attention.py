@@ -58,7 +58,7 @@ def test_twin_is_both_operations(permuted: bool, traced: bool, code: str | None)
 def test_what_cannot_run_raises() -> None:
     qkv, cos, sin, k, v, _ = case(False, "float32")
     arguments = (qkv, cos, sin, *prompts(2, 2, 16), k, v, SLOT)
-    with pytest.raises(ValueError, match="rope_attention: implementation='triton' cannot run: it needs an NVIDIA GPU"):
+    with pytest.raises(ValueError, match="rope_attention: implementation='triton' cannot run: it needs"):
         pallas_kernels.rope_attention(*arguments, layer=1, scale=1.0, permuted=False, implementation="triton")
     with pytest.raises(ValueError, match="want qkv"):
         pallas_kernels.rope_attention(qkv[..., :-1], *arguments[1:], layer=1, scale=1.0, permuted=False)
