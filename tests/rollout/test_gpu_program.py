@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads * built.TOKENS * built.CONFIG.head_dim
 MATRICES = {int(np.prod(shape)) for shape in matrix_shapes(built.CONFIG).values()}
-OUTSIDE_OF_LAYERS = 17
+OUTSIDE_OF_LAYERS = 11
 """Kernels of a step beside its layers': head, draw, record, embedding, angles, counters (docs/benchmarks.md)."""
 OF_A_LAYER = {"bf16": 8, "int8": 3, "int4": 13}
 """With a merged copy; of one in 8 bits all between two attentions is one; with an int4 base and adapter there are four products more."""
