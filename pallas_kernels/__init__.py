@@ -12,6 +12,7 @@ from pallas_kernels.codes import NF4, dequantize
 from pallas_kernels.decode_attention import decode_attention, decode_attention_rows
 from pallas_kernels.decode_layer import LayerMatrix, decode_layer, has_layer_kernel, interleave_gate
 from pallas_kernels.dense_matmul import dense_partial_sums
+from pallas_kernels.draw_token import draw_token
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.gated_matmul import gated_matmul
 from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partial_sums, reads_permuted
@@ -32,6 +33,7 @@ __all__ = [
     "decode_layer",
     "dense_partial_sums",
     "dequantize",
+    "draw_token",
     "gated_activation",
     "gated_matmul",
     "has_int8_kernel",

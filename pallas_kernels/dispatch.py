@@ -1,9 +1,9 @@
 """The one rule that picks an implementation: (device, dtype, shapes) -> name.
 
 Each rule is a pure function, so that a test can read its decisions without owning the device. `REFERENCE` runs
-anywhere. `TRITON` needs compute capability 8.0 (bf16 tensor cores), 16-bit activations and the `jax-triton` package.
-The quantized product alone has two more: `DEQUANTIZE` is a kernel that unpacks the matrix, then cuBLAS; `MOSAIC` is the
-kernel for few rows and weights of 8 bits.
+anywhere. `TRITON` needs compute capability 8.0 (bf16 tensor cores), 16-bit activations, or float32 logits to draw
+from, and the `jax-triton` package. The quantized product alone has two more: `DEQUANTIZE` is a kernel that unpacks the
+matrix, then cuBLAS; `MOSAIC` is the kernel for few rows and weights of 8 bits.
 """
 
 import functools
@@ -56,14 +56,21 @@ def current_device() -> Device:
     return Device("gpu", (major, minor), has_triton, device.device_kind, has_mosaic, device.core_count)
 
 
-def _triton_problem(device: Device, dtype) -> str | None:
-    """Why no Triton kernel can run on `device` with activations of `dtype`; None when it can."""
+def _device_problem(device: Device) -> str | None:
+    """Why no Triton kernel can run on `device`; None when it can."""
     if device.backend != "gpu" or device.capability is None:
         return f"it needs an NVIDIA GPU, the backend is {device.backend!r}"
     if device.capability < (8, 0):
         return f"it needs compute capability 8.0, this GPU has {device.capability[0]}.{device.capability[1]}"
     if not device.has_triton:
         return "the package jax-triton is not installed"
+    return None
+
+
+def _triton_problem(device: Device, dtype) -> str | None:
+    """Why no Triton kernel can run on `device` with activations of `dtype`; None when it can."""
+    if problem := _device_problem(device):
+        return problem
     if jnp.dtype(dtype) not in [jnp.dtype(half) for half in _HALF_PRECISION]:
         return f"it needs bfloat16 or float16 activations, got {jnp.dtype(dtype).name}"
     return None
@@ -248,6 +255,13 @@ def add_rms_norm_problem(device: Device, dtype, width: int) -> str | None:
 def gated_activation_problem(device: Device, dtype) -> str | None:
     """Why the kernel of the MLP's gate cannot run; None when it can, and then it is faster."""
     return _triton_problem(device, dtype)
+
+
+def draw_token_problem(device: Device, dtype) -> str | None:
+    """Why the kernels that draw a token cannot run; None when they can: two launches in place of XLA's eight."""
+    if problem := _device_problem(device):
+        return problem
+    return None if jnp.dtype(dtype) == jnp.float32 else f"it reads float32 logits, got {jnp.dtype(dtype).name}"
 
 
 def resolve(op: str, implementation: str | None, chosen: str, problem: str | None) -> str:

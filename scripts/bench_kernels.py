@@ -1,14 +1,15 @@
 """Time the kernels inside compiled JAX programs, next to what XLA and cuBLAS do, after checking that they are right.
 
     python scripts/bench_kernels.py [--op int4_matmul dense_matmul gated_matmul between decode_attention rope_attention
-        token_logprobs] [--rows 16 64 256] [--suffixes 1 256 512] [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
+        token_logprobs draw] [--rows 16 64 256] [--suffixes 1 256 512] [--draw-blocks 2048:4 4096:8]
+        [--shapes qwen2.5-1.5b llama-3.2-3b llama-3.1-8b] [--json FILE] [--skip-check]
 
 One JSON object a measurement (on stdout, and in --json FILE), then a table. A time is that of one call inside a program
 that makes many dependent calls, over a stack of layers larger than the L2 cache, median of several runs of the program.
 The bound is bytes moved / copy bandwidth or operations / bf16 matmul rate, whichever is larger; both rates are measured
 first, on this GPU. The check draws fresh inputs and compares with float64 (numpy), on odd shapes. 'between' are the
 operations between two products: residual with norm, and the MLP's gate, of five and of two partial sums. 'rope_attention' is
-rotation, cache write and attention of four partial sums at 64 rows, as one kernel and 'apart'.
+rotation, cache write and attention of four partial sums at 64 rows, as one kernel and 'apart'. 'draw' takes rows of its own.
 """
 
 import argparse
@@ -38,7 +39,17 @@ SHAPES = {  # output and input widths of the linear layers: (N, K)
 HEADS = {"qwen2.5-1.5b": (12, 2, 128), "llama-3.2-3b": (24, 8, 128), "llama-3.1-8b": (32, 8, 128)}
 GATE_UP = 2  # of a model's SHAPES
 GROUP, RANK = 64, 32
-OPS = ("int4_matmul", "dense_matmul", "gated_matmul", "between", "decode_attention", "rope_attention", "token_logprobs")
+OPS = (
+    "int4_matmul",
+    "dense_matmul",
+    "gated_matmul",
+    "between",
+    "decode_attention",
+    "rope_attention",
+    "token_logprobs",
+    "draw",
+)
+VOCABULARIES, DRAW_ROWS = (128_256, 151_936), (64, 256, 512)
 STACK_BYTES = 2**28
 
 
@@ -336,13 +347,46 @@ def bench_logprobs(rates, report) -> None:
         )
 
 
+def bench_draw(blocks, rates, report) -> None:
+    """A token of float32 logits, of several arrays in turn: the kernels with their own blocks and with `blocks`, and XLA."""
+
+    def step(uniform, layer, *logits, draw):
+        rows, uniform = lax.optimization_barrier((logits[layer], uniform))  # else sums of blocks leave the loop
+        token, logprob = draw(rows, uniform)
+        return token + logprob
+
+    def of_blocks(rows, uniform, block: int, warps: int):
+        from pallas_kernels.draw_token_triton import draw_token
+
+        return draw_token(rows, uniform, 1.0, None, block, warps)
+
+    draws = {
+        name: partial(pallas_kernels.draw_token, temperature=1.0, implementation=name)
+        for name in ("triton", "reference")
+    }
+    for text in blocks:
+        block, warps = map(int, text.split(":"))
+        draws[text] = partial(of_blocks, block=block, warps=warps)
+    for vocabulary, m in [(vocabulary, m) for vocabulary in VOCABULARIES for m in DRAW_ROWS]:
+        moved = 4 * m * vocabulary
+        layers = int(max(2, min(28, STACK_BYTES // moved)))
+        keys = jax.random.split(jax.random.key(m), layers + 1)
+        uniform = jax.random.uniform(keys[0], (m,))
+        logits = [3 * jax.random.normal(key, (m, vocabulary)) for key in keys[1:]]
+        times = {name: microseconds(partial(step, draw=draw), uniform, layers, *logits) for name, draw in draws.items()}
+        bound = moved / rates[0] * 1e6
+        shape = f"vocabulary {vocabulary}"
+        report(op="draw", shape=shape, rows=m, bound=bound, bytes=moved, flops=0, chosen=times["triton"], **times)
+
+
 def table(rows: list[dict]) -> str:
     """The measurements as aligned text."""
     lines = [
         f"{'op':17} {'shape':40} {'rows':>5} {'bound':>7} {'us':>8} {'of bound':>8} {'GB/s':>6} {'TFLOP/s':>7}  others"
     ]
     for row in rows:
-        others = ", ".join(f"{key} {row[key]:.1f}" for key in ("triton", "apart", "reference", "bf16") if key in row)
+        compared = [key for key in row if key in ("triton", "apart", "reference", "bf16") or ":" in key]
+        others = ", ".join(f"{key} {row[key]:.1f}" for key in compared)
         us = row["chosen"]
         lines.append(
             f"{row['op']:17} {row['shape']:40} {row['rows']:5} {row['bound']:7.1f} {us:8.1f} {row['bound'] / us:8.0%} "
@@ -358,6 +402,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--suffixes", nargs="+", type=int, default=[1, 256, 512], help="of rope_attention")
+    parser.add_argument("--draw-blocks", nargs="+", default=[], help="of --op draw, LOGITS:WARPS, to compare")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--seed", type=int, default=time.time_ns() % 2**31, help="of the check's inputs; fresh by default"
@@ -408,6 +453,8 @@ def main(arguments: list[str]) -> None:
         bench_rope_attention(options.shapes, options.suffixes, rates, report)
     if "token_logprobs" in options.op:
         bench_logprobs(rates, report)
+    if "draw" in options.op:
+        bench_draw(options.draw_blocks, rates, report)
     print(table(rows))
 
 

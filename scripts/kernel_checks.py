@@ -122,6 +122,22 @@ def check_gated(rng: np.random.Generator) -> float:
     return worst
 
 
+def check_draw(rng: np.random.Generator) -> float:
+    """Largest error of a log-probability, or distance of a number from its token's part of [0, 1], of odd and of usual vocabularies."""
+    worst = 0.0
+    for m, vocab, temperature in [(1, 1, 1.0), (5, 7, 0.7), (33, 4097, 1.0), (64, 128_256, 1.0), (70, 151_936, 0.6)]:
+        logits = np.float32(rng.normal(0, 3, (m, vocab)))
+        logits[:, rng.integers(0, vocab, vocab // 3)] = -np.inf
+        logits[:, rng.integers(0, vocab)] = 4.0
+        uniform = np.float32(rng.uniform(size=m)).clip(0, np.nextafter(np.float32(1), np.float32(0)))
+        how = dict(temperature=temperature, implementation="triton")
+        got = jax.jit(lambda logits, uniform, how=how: pallas_kernels.draw_token(logits, uniform, **how))(
+            logits, uniform
+        )
+        worst = max(worst, *oracles.draw_errors(logits, uniform, temperature, *map(np.asarray, got)))
+    return worst
+
+
 def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> list:
     """Calls of the operations between two products on random arguments, with permuted columns."""
     draw = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
@@ -138,5 +154,6 @@ CHECKS = {
     "rope_attention": check_rope_attention,
     "partial_sums": check_partial_sums,
     "gated_matmul": check_gated,
+    "draw": check_draw,
 }
-"""Largest relative error by operation; each takes a random generator."""
+"""Largest relative error by operation, of the draw an absolute one; each takes a random generator."""

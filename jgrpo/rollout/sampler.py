@@ -188,14 +188,14 @@ def decode_chunk(
     """`size` more tokens of every row; `variables` are `decoding_variables`, made once outside the loop."""
     decode = functools.partial(_apply, setup, "decode", variables, unroll=unrolls(setup.config))
 
-    def step(state: DecodeState, uniform: Float32[Array, "Q G"]) -> tuple[DecodeState, Array]:
+    def step(state: DecodeState, index: Int32[Array, ""]) -> tuple[DecodeState, Array]:
         logits = _apply(setup, "logits", variables, state.hidden)
-        recorded = _record(setup, state, _draw(setup.config, logits, uniform))
+        recorded = _record(setup, state, _draw(setup.config, logits, uniforms, index))
         hidden, cache = decode(recorded.token, state.cache)
         remaining = jnp.where(recorded.stops, 0, jnp.maximum(state.remaining - 1, 0))
         return DecodeState(cache, hidden, remaining), recorded.pack()
 
-    state, packed = lax.scan(step, state, uniforms)
+    state, packed = lax.scan(step, state, jnp.arange(len(uniforms)))
     return state, Recorded.unpack(packed)
 
 
@@ -208,14 +208,20 @@ def _apply(setup: Setup, method: str, variables: Params, *args: Any, **settings:
     return setup.model.apply(variables, *args, method=method, **settings)
 
 
-def _draw(config: RolloutConfig, logits: Float32[Array, "Q G V"], uniform: Float32[Array, "Q G"]) -> Draw:
+def _draw(
+    config: RolloutConfig,
+    logits: Float32[Array, "Q G V"],
+    uniforms: Float32[Array, "size Q G"],
+    step: Int32[Array, ""],
+) -> Draw:
     return draw(
         logits,
-        uniform,
+        uniforms,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
+        step=step,
     )
 
 

@@ -8,11 +8,8 @@ that equal the last one kept are kept (`transformers` does so for top-k; for top
 With top-k the bisection reads only the k blocks of tokens that have the largest maxima: 32 rows of 151,936 logits took a CPU 56 ms
 for k = 50 and 113 ms with top-p as well, and take it 16 and 24.
 
-A token is drawn by inverting the cumulative distribution in two levels (blocks of about sqrt(V) tokens, then
-inside one block) from one uniform number a row. On a GPU the logits are read once: largest logit and sum of each block come
-from one reduction of pairs, which a CPU does not vectorise. Gumbel-max draws from the same distribution but hashes V random
-numbers a row: on a CPU, 32 rows of 151,936 logits took it 299 ms, log-probability included, against 33 ms. The number
-has 23 bits, so probabilities far below 1e-7 are met only as often as that grid allows.
+A token is drawn by inverting the cumulative distribution from one uniform number a row (`pallas_kernels.draw_token` where nothing
+is truncated, the default; else `pallas_kernels/inverse_cdf.py`).
 
 Two log-probabilities matter. `logprob` is that of the distribution which was drawn from, truncated and
 renormalised. A trainer computes log-softmax(logits / temperature) over the whole vocabulary, so `log_kept`,
@@ -25,15 +22,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
+
+import pallas_kernels
+from pallas_kernels import inverse_cdf
+from pallas_kernels.inverse_cdf import Total, block_width, draw_kept, total_of
+from pallas_kernels.reference import take_layer
 
 GPU_BITS_A_READ = 4
 """Bits of a threshold that a GPU finds in one read of the logits; they must divide 32."""
-
-
-def on_gpu() -> bool:
-    """Whether several reductions of one array become one read of it."""
-    return jax.default_backend() == "gpu"
 
 
 class Draw(NamedTuple):
@@ -44,14 +41,6 @@ class Draw(NamedTuple):
     """Log-probability under the truncated, renormalised distribution."""
     log_kept: Float32[Array, "..."]
     """Log of the mass that truncation kept; logprob + log_kept is log-softmax(logits / temperature)[token]."""
-
-
-class Total(NamedTuple):
-    """Of a row of logits."""
-
-    largest: Float32[Array, "..."]
-    mass: Float32[Array, "..."]
-    """Sum of exp(logits - largest)."""
 
 
 def truncate(
@@ -102,8 +91,9 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    step: Int[Array, ""] | None = None,
 ) -> Draw:
-    """Draw one token a row with one uniform number in [0, 1) a row.
+    """Draw one token a row with one uniform number in [0, 1) a row; with `step`, `uniform` holds many steps' numbers, time first.
 
     Temperature 0 is greedy: the first of the largest logits with logprob 0, and `log_kept` its log-probability
     at temperature 1.
@@ -111,107 +101,30 @@ def draw(
     logits = logits.astype(jnp.float32)
     if temperature == 0.0:
         return _greedy(logits)
+    if _keeps_everything(logits, top_k, top_p, min_p):
+        return _from_all(logits, uniform, temperature, step)
     logits = logits / temperature
-    total = None if _keeps_everything(logits, top_k, top_p, min_p) else total_of(logits)
+    total = total_of(logits)
     threshold = keep_threshold(logits, top_k=top_k, top_p=top_p, min_p=min_p, total=total)
-    token, kept = _invert_cdf(logits, threshold, uniform)
-    logit = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    logprob = logit - kept.largest - jnp.log(kept.mass)
-    log_kept = jnp.zeros_like(logprob) if total is None else jnp.log(kept.mass) - jnp.log(total.mass)
-    return Draw(token, logprob, log_kept)
+    token, logprob, kept = draw_kept(logits, threshold, take_layer(uniform, step))
+    return Draw(token, logprob, jnp.log(kept.mass) - jnp.log(total.mass))
+
+
+def _from_all(
+    logits: Float32[Array, "... V"], uniform: Float32[Array, "..."], temperature: float, step: Int[Array, ""] | None
+) -> Draw:
+    """By rows, and the step by its number: a slice in front of a kernel would be copied, or fused with it by a computed address."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    numbers = uniform.reshape(-1) if step is None else uniform.reshape(len(uniform), -1)
+    drawn = pallas_kernels.draw_token(rows, numbers, temperature=temperature, step=step)
+    token, logprob = (part.reshape(logits.shape[:-1]) for part in drawn)
+    return Draw(token, logprob, jnp.zeros_like(logprob))
 
 
 def _greedy(logits: Float32[Array, "... V"]) -> Draw:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     log_kept = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     return Draw(token, jnp.zeros_like(log_kept), log_kept)
-
-
-def _invert_cdf(
-    logits: Float32[Array, "... V"], threshold: Float32[Array, "..."] | None, uniform: Float32[Array, "..."]
-) -> tuple[Int32[Array, "..."], Total]:
-    """Token at quantile `uniform` of the kept weights exp(logits - largest), and the total of what is kept."""
-
-    def kept(values: Float32[Array, "... N"]) -> Float32[Array, "... N"]:
-        return values if threshold is None else jnp.where(values >= threshold[..., None], values, -jnp.inf)
-
-    vocab, width = logits.shape[-1], _block_width(logits)
-    highest, sums = _block_sums(kept(logits))
-    total = Total(*_reduce_pairs(highest, sums))
-    weights = sums * jnp.exp(highest - total.largest[..., None])
-    block, target = _quantile(weights, uniform * total.mass)
-    tokens = block[..., None] * width + jnp.arange(width)
-    inside = kept(jnp.take_along_axis(logits, jnp.minimum(tokens, vocab - 1), axis=-1))
-    offset, _ = _quantile(jnp.where(tokens < vocab, jnp.exp(inside - total.largest[..., None]), 0.0), target)
-    return block * width + offset, total
-
-
-def total_of(logits: Float32[Array, "... V"]) -> Total:
-    """Largest logit and mass, in one read on a GPU."""
-    return Total(*_reduce_pairs(*_block_sums(logits)))
-
-
-def _block_width(logits: Float32[Array, "... V"]) -> int:
-    """About the square root of V."""
-    return math.isqrt(logits.shape[-1] - 1) + 1
-
-
-def _block_sums(logits: Float32[Array, "... V"]) -> tuple[Float32[Array, "... blocks"], Float32[Array, "... blocks"]]:
-    """`exp_sums` of blocks."""
-    vocab, width = logits.shape[-1], _block_width(logits)
-    blocks = -(-vocab // width)
-    padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * width - vocab)]
-    padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
-    return exp_sums(padded.reshape(*logits.shape[:-1], blocks, width))
-
-
-def exp_sums(values: Float32[Array, "... N"]) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
-    """(largest m, sum of exp(values - m)) along the last axis; -inf and 0 where all are -inf.
-
-    On a GPU in one read, as a reduction of such pairs (Milakov & Gimelshein 2018, arXiv:1805.02867).
-    """
-    if on_gpu():
-        return _reduce_pairs(values, jnp.where(values == -jnp.inf, 0.0, 1.0))
-    highest = jnp.max(values, axis=-1)
-    return highest, jnp.sum(jnp.exp(values - _finite(highest)[..., None]), axis=-1)
-
-
-def _reduce_pairs(
-    highest: Float32[Array, "... N"], sums: Float32[Array, "... N"]
-) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
-    """The same of everything, from parts of it."""
-
-    def combine(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
-        both = jnp.maximum(x[0], y[0])
-        shift = _finite(both)
-        return both, x[1] * jnp.exp(x[0] - shift) + y[1] * jnp.exp(y[0] - shift)
-
-    start = jnp.float32(-jnp.inf), jnp.float32(0)
-    return jax.lax.reduce((highest, sums), start, combine, (highest.ndim - 1,))
-
-
-def _finite(highest: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    return jnp.where(highest == -jnp.inf, 0.0, highest)
-
-
-def _quantile(
-    weights: Float32[Array, "... N"], target: Float32[Array, "..."]
-) -> tuple[Int32[Array, "..."], Float32[Array, "..."]]:
-    """First index whose prefix sum exceeds target, and what of target is left inside that entry.
-
-    An entry of weight 0 is never returned, whatever rounding does: it would have log-probability -inf. Where rounding leaves
-    no prefix sum above the target it is the last entry that has weight.
-    The prefix sums are a masked reduction because an XLA cumsum is a chain of small kernels on a GPU.
-    """
-    count = weights.shape[-1]
-    index = jnp.arange(count, dtype=jnp.int32)
-    prefix = jnp.sum(jnp.where(index[:, None] >= index, weights[..., None, :], 0.0), axis=-1)
-    exceeds = (weights > 0) & (prefix > target[..., None])
-    first = jnp.min(jnp.where(exceeds, index, count), axis=-1)
-    last = jnp.max(jnp.where(weights > 0, index, 0), axis=-1)
-    chosen = jnp.where(first < count, first, last)
-    before = jnp.take_along_axis(prefix - weights, chosen[..., None], axis=-1)[..., 0]
-    return chosen, target - before
 
 
 def _kth_largest(logits: Float32[Array, "... N"], k: int) -> Float32[Array, "..."]:
@@ -223,7 +136,7 @@ def _blocks_of_largest(logits: Float32[Array, "... V"], k: int) -> Float32[Array
 
     They hold every logit above the k-th largest one, and k that are not below it: outside, none is above the k blocks' maxima.
     """
-    vocab, width = logits.shape[-1], _block_width(logits)
+    vocab, width = logits.shape[-1], block_width(logits)
     if 2 * k * width > vocab:
         return logits
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, -vocab % width)]
@@ -261,7 +174,7 @@ def _largest_threshold(
 
     Search in the ordered integer image of floats: some bits of the answer with every read, from the top.
     """
-    bits = GPU_BITS_A_READ if on_gpu() else 1
+    bits = GPU_BITS_A_READ if inverse_cdf.on_gpu() else 1
 
     def next_digit(index: Array, prefix: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
         shift = (32 - bits * (index + 1)).astype(jnp.uint32)

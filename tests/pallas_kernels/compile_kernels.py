@@ -23,6 +23,7 @@ from pallas_kernels import (
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
+    draw_token_triton,
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
@@ -200,6 +201,19 @@ def gated_activation(activation: str, capability: int) -> tuple[int, int]:
     return compile_kernel(gated_activation_triton.gated_activation_kernel, types, constants, blocks, capability)
 
 
+def draw_token(capability: int) -> dict[str, tuple[int, int]]:
+    """Statistics of blocks, and the search, of a vocabulary that the blocks do not divide."""
+    shared, row = draw_token_triton.kernel_constants(64, 151_936, 0.7)
+    types = dict.fromkeys(("logits_ptr", "highest_ptr", "sums_ptr", "uniform_ptr", "logprob_ptr"), "*fp32")
+    types |= dict.fromkeys(("step_ptr", "token_ptr"), "*i32")
+    blocks = SimpleNamespace(warps=draw_token_triton.WARPS, stages=1)
+    kernels = {"block_sums": shared, "find_token": row | {"STEPS": True}}
+    return {
+        name: compile_kernel(getattr(draw_token_triton, f"{name}_kernel"), types, constants, blocks, capability)
+        for name, constants in kernels.items()
+    }
+
+
 if __name__ == "__main__":
     for target in map(int, sys.argv[1:]):
         print(f"dequantize-sm_{target}", *dequantize(target), flush=True)
@@ -225,6 +239,8 @@ if __name__ == "__main__":
             print(f"add_rms_norm-{width}-sm_{target}", *add_rms_norm(width, target), flush=True)
         for activation in ("silu", "gelu_tanh"):
             print(f"gated_activation-{activation}-sm_{target}", *gated_activation(activation, target), flush=True)
+        for name, usage in draw_token(target).items():
+            print(f"{name}-sm_{target}", *usage, flush=True)
         for cache in ("int8", "float8_e4m3fn")[: 2 if target >= 89 else 1]:
             print(f"decode_attention-{cache}-sm_{target}", *decode_attention(128, target, cache), flush=True)
             print(f"rope_and_cache-{cache}-sm_{target}", *rope_and_cache(target, "i32", cache), flush=True)

@@ -17,6 +17,7 @@ from pallas_kernels import (
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
+    draw_token_triton,
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
@@ -274,3 +275,26 @@ def gated_matmul(x, weight, bias, layer: int, activation: str, config: GatedConf
         **constants,
     )
     return float64(out)
+
+
+def draw_token(logits, uniform, *, temperature: float, step: int | None = None, block: int = draw_token_triton.BLOCK):
+    """The kernels as `draw_token_triton.draw_token` launches them; (token, log-probability) as numpy, poisoned before."""
+    rows, vocab = logits.shape
+    shared, row = draw_token_triton.kernel_constants(rows, vocab, temperature, block)
+    source, numbers = rounded(logits, "float32"), rounded(uniform, "float32")
+    statistics = [poisoned(rows, shared["BLOCKS"]) for _ in "ab"]
+    token, logprob = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE), poisoned(rows)
+    how = {"num_warps": draw_token_triton.WARPS}
+    draw_token_triton.block_sums_kernel[(rows * shared["BLOCKS"],)](source, *statistics, **shared, **how)
+    draw_token_triton.find_token_kernel[(rows,)](
+        source,
+        *statistics,
+        numbers,
+        0 if step is None else scalar(step),
+        token,
+        logprob,
+        STEPS=step is not None,
+        **row,
+        **how,
+    )
+    return token.cpu().numpy(), logprob.cpu().numpy()

@@ -44,6 +44,22 @@ def logprobs(hidden, head, targets, temperature):
     return log_p[np.arange(len(targets)), targets], -(np.exp(log_p) * log_p).sum(-1)
 
 
+def draw_errors(logits, uniform, temperature, token, logprob) -> tuple[float, float]:
+    """(how far `uniform` lies outside of its token's part of [0, 1], error of the log-probability), the largest of all rows.
+
+    Tokens of probability 0 have no part and a log-probability of -inf; -inf and NaN make either error NaN or infinite.
+    """
+    z = np.asarray(logits, np.float64) / temperature
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    rows = np.arange(len(z))
+    chosen, above = p[rows, token], np.cumsum(p, -1)[rows, token]
+    outside = np.maximum(np.maximum(above - chosen - uniform, uniform - above), 0)
+    with np.errstate(divide="ignore"):
+        error = np.abs(np.log(chosen) - logprob)
+    return float(outside.max()), float(error.max())
+
+
 def relative_error(got, want) -> float:
     """||got - want|| / ||want||; NaN stays NaN, which passes no comparison."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)

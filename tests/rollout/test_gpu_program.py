@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads * built.TOKENS * built.CONFIG.head_dim
 HEAD = built.CONFIG.vocab_size, built.CONFIG.hidden_size
 MATRICES = {int(np.prod(shape)) for shape in (*matrix_shapes(built.CONFIG).values(), HEAD)}
-OUTSIDE_OF_LAYERS = 18
+OUTSIDE_OF_LAYERS = 11
 """Kernels of a step beside its layers': head, draw, record, embedding, angles, counters, first norm (docs/benchmarks.md)."""
 OF_A_LAYER = {"bf16": 7, "int8": 2, "int4": 12}
 """With a merged copy; of one in 8 bits all between two attentions is one; with an int4 base and adapter there are four products more."""

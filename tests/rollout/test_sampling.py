@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jgrpo.rollout import sampling
-from jgrpo.rollout.sampling import draw, exp_sums, keep_threshold, truncate
+from jgrpo.rollout.sampling import draw, keep_threshold, truncate
+from pallas_kernels import inverse_cdf
+from pallas_kernels.inverse_cdf import exp_sums
 
 SETTINGS = [
     dict(),
@@ -27,7 +28,7 @@ SETTINGS = [
 @pytest.fixture(autouse=True, params=[False, True], ids=["as on a CPU", "as on a GPU"])
 def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forms of the reductions run anywhere."""
-    monkeypatch.setattr(sampling, "on_gpu", lambda: request.param)
+    monkeypatch.setattr(inverse_cdf, "on_gpu", lambda: request.param)
 
 
 def oracle(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
@@ -170,3 +171,13 @@ def test_top_k_one_is_the_argmax_at_any_temperature() -> None:
     drawn = draw(logits, uniform, temperature=3.0, top_k=1)
     np.testing.assert_array_equal(drawn.token, jnp.argmax(logits, -1))
     np.testing.assert_allclose(drawn.logprob, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(top_p=0.9), dict(temperature=0.0)], ids=str)
+def test_a_step_draws_with_its_own_numbers(settings: dict) -> None:
+    logits = jax.random.normal(jax.random.key(6), (3, 4, 50))
+    numbers = jax.random.uniform(jax.random.key(7), (5, 3, 4))
+    for step in range(5):
+        got = draw(logits, numbers, step=jnp.int32(step), **settings)
+        for part, want in zip(got, draw(logits, numbers[step], **settings), strict=True):
+            np.testing.assert_array_equal(part, want)
