@@ -49,7 +49,7 @@ from jgrpo.config import LINEAR_MODULES, LoraConfig, RolloutConfig
 from jgrpo.lora import init_lora, module_shapes
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, Rollout, generate
-from jgrpo.rollout.weights import cache_bytes, copies_head, has_packed_head, merged_bytes, plan_weights
+from jgrpo.rollout.weights import cache_bytes, merged_bytes, plan_weights
 from jgrpo.training.forward import logprob_chunk, rows_of, token_logprobs
 
 MEASURED = {"H200": (4.3, 790.0)}
@@ -271,7 +271,7 @@ class Workload:
         config, args = self.config, self.args
         adapter = adapter_parameters(config, rank)
         kv_token = cache_bytes(self.model, dataclasses.replace(self.sampling(case), num_generations=0), (1, 1))
-        weights = step_weight_bytes(self.model, self.base, copy)
+        weights = step_weight_bytes(self.base, merged_bytes(self.model, copy) if copy else None)
         weights += adapter * jnp.dtype(args.dtype).itemsize
         parameters = linear_parameters(config) + config.vocab_size * config.hidden_size + adapter
         step = np.arange(lengths.max())
@@ -294,18 +294,15 @@ def adapter_parameters(config: ModelConfig, rank: int) -> int:
     return config.num_layers * rank * sum(sum(shapes[name]) for name in LINEAR_MODULES)
 
 
-def step_weight_bytes(model: Transformer, base: dict, copy: str | None) -> int:
+def step_weight_bytes(base: dict, layers: int | None) -> int:
     """Bytes of the weights that a step reads whole: all but an embedding that is not the head as well.
 
-    Of what a copy has, the copy's.
+    `layers` is the size of a copy that stands for the base's layers.
     """
-    head, packed = "head" if "head" in base else "embed", has_packed_head(base)
-    left_out = {"embed"} - {head}
-    if copy is not None:
-        left_out |= {"layers"} | ({head} if copies_head(model.config, copy, packed) else set())
+    left_out = {"embed"} if "head" in base else set()
+    left_out |= set() if layers is None else {"layers"}
     leaves = {name: part for name, part in base.items() if name not in left_out}
-    copied = 0 if copy is None else merged_bytes(model, copy, packed)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves)) + copied
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves)) + (layers or 0)
 
 
 @contextlib.contextmanager

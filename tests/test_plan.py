@@ -18,7 +18,6 @@ from jgrpo.errors import UserError
 from jgrpo.lora import WEIGHTS, init_lora
 from jgrpo.models import KVCache, ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
-from jgrpo.rollout.weights import decoded
 from jgrpo.settings import flatten
 from jgrpo.training import TrainState
 from jgrpo.training.algorithms import ALGORITHMS
@@ -163,23 +162,6 @@ def test_all_weights_are_counted():
     synced = config(lora=None, quantization="none", beta=0.1, reference_sync_steps=4)
     plan = plan_memory(synced, SHAPE, jnp.bfloat16, 64, True)
     assert (plan.base, plan.adapter) == (0, 8 * parameters)
-
-
-@pytest.mark.parametrize("form", ["bf16", "int8"])
-@pytest.mark.parametrize(
-    "values",
-    [{}, {"skip_modules": ()}, {"lora": None, "quantization": "none"}],
-    ids=["adapter", "packed head", "all weights"],
-)
-def test_what_decodes_is_counted(values, form):
-    """Of all weights, what is cast beside the matrices too."""
-    chosen = config(rollout_weights=form, **values)
-    model, trained = Transformer(SHAPE, chosen.lora, jnp.bfloat16), _base_and_trained(chosen)
-    made = jax.eval_shape(lambda *weights: decoded(model, *weights, chosen.rollout, (4, PROMPT)), *trained)
-    cast = [leaf for leaf in jax.tree.leaves(made.base) if leaf.dtype == jnp.bfloat16 and chosen.lora.is_full]
-    copies = sum(leaf.size * leaf.dtype.itemsize for leaf in [*jax.tree.leaves(made.merged), *cast])
-    plan = plan_memory(chosen, SHAPE, jnp.bfloat16, PROMPT, cudnn=True)
-    assert plan.sampling == 2 * 16 * SHAPE.vocab_size * 4 + copies
 
 
 def qwen(tmp_path, **values):

@@ -214,10 +214,9 @@ class Transformer(nn.Module):
 
     @nn.compact
     def head_weight(self) -> Weight:
-        """The output matrix `[V, D]`: where the two are tied the embedding, unless a rollout's copy brings a head of its own."""
+        """The output matrix `[V, D]`, which is the embedding where the two are tied."""
         base = self._base()
-        tied = self.config.tie_embeddings and "head" not in base
-        return base["embed"] if tied else base["head"]
+        return base["embed"] if self.config.tie_embeddings else base["head"]
 
     def _layer(
         self,

@@ -2,11 +2,10 @@
 
 Quantized weights are the smaller read, which is what counts with few rows; with many the arithmetic counts, and a
 plain matrix product of 16-bit weights is faster than any kernel that dequantizes, and has no adapter beside it. A copy in 8 bits
-lies between: half the bytes of 16, no adapter, and a rounding that shows in the gap below. It has the head too
-(`copies_head`), a tied one beside the embedding, which stays what tokens are looked up in. The copy is
+lies between: half the bytes of 16, no adapter, and a rounding that shows in the gap below. The copy is
 made anew for every rollout, because the adapter changed since the last one, and freed after it. Prompts are
-prefilled with the stored weights in either case, and so is the training forward; every token, the first one too, is drawn from
-the copy's head. What the rounding of merged weights does to log-probabilities is in the logged gap between sampler and trainer.
+prefilled with the stored weights in either case, and so is the training forward: what the rounding of merged weights
+does to log-probabilities is in the logged gap between sampler and trainer.
 
 Weights that are trained whole are decoded with as they are where they have the compute dtype, and from a copy in it, made
 the same way, where they are wider.
@@ -31,15 +30,7 @@ import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
-from jgrpo.quantization import (
-    LAYERS,
-    Fast8Weight,
-    LayerWeights,
-    MixedWeight,
-    PackedWeight,
-    dequantize,
-    quantize_fast8,
-)
+from jgrpo.quantization import LAYERS, LayerWeights, MixedWeight, PackedWeight, dequantize, quantize_fast8
 from pallas_kernels import LayerMatrix, interleave_gate
 
 Params = Mapping[str, Any]
@@ -51,8 +42,6 @@ MANY_ROWS, LARGE_COPY = 128, 4e9
 with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead; all with a kernel for each matrix."""
 COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
 """Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
-HEAD_BLOCK = 128
-"""Of a head in 8 bits: the kernel takes whole blocks of so many rows of weights."""
 LAYER_ORDER = ("out", "gate_up", "down", "qkv")
 """The matrices of a layer's kernel; qkv is the next layer's."""
 MEMORY_SHARE = 0.6
@@ -82,7 +71,7 @@ def plan_weights(model: Transformer, base: Params, config: RolloutConfig, prompt
         why = "; no kernel multiplies by it here, so every step dequantizes it" if slow else ""
         return WeightsPlan(copy, f"rollout_weights: {config.rollout_weights}{why}")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    copies = {form: merged_bytes(model, form, has_packed_head(base)) for form in ("bf16", "int8")}
+    copies = {form: merged_bytes(model, form) for form in ("bf16", "int8")}
     cache = cache_bytes(model, config, prompts)
     plan = choose_weights(rows, size, copies, cache, _device_bytes(), has_int8_kernel(model, rows))
     return dataclasses.replace(plan, copy=int8_form(model, rows)) if plan.copy == "int8" else plan
@@ -115,10 +104,7 @@ def int8_form(model: Transformer, rows: int) -> str:
 
 
 def has_int8_kernel(model: Transformer, rows: int) -> bool:
-    """Whether this device multiplies that many rows by each of the model's matrices in 8 bits without dequantizing it first.
-
-    By a head that is copied too, since it has the inputs of gate_up and whole blocks of rows.
-    """
+    """Whether this device multiplies that many rows by each of the model's matrices in 8 bits without dequantizing it first."""
     return all(
         pallas_kernels.has_int8_kernel(rows, n, k, copy_group(k), model.dtype, SCALE)
         for n, k in matrix_shapes(model.config).values()
@@ -175,35 +161,14 @@ def is_wide(model: Transformer, weights: Params) -> bool:
     return weights["embed"].dtype != jnp.dtype(model.dtype)
 
 
-def merged_bytes(model: Transformer, copy: str = "bf16", packed_head: bool = False) -> int:
-    """Size of the copy that `merge` makes of a base, whose head is stored quantized or not."""
-    config = model.config
-
-    def size(rows: int, width: int) -> int:
-        if copy == "bf16":
-            return rows * width * jnp.dtype(model.dtype).itemsize
-        return rows * (width + width // copy_group(width) * SCALE.itemsize)
-
-    layers = config.num_layers * sum(size(*shape) for shape in matrix_shapes(config).values())
-    return layers + (size(config.vocab_size, config.hidden_size) if copies_head(config, copy, packed_head) else 0)
-
-
-def copies_head(config: ModelConfig, copy: str, packed_head: bool) -> bool:
-    """Whether a copy of that form has the head too: those in 8 bits.
-
-    Not of one that is stored quantized, which is as small, nor where the kernel cannot take its rows (`HEAD_BLOCK`) and every step
-    would dequantize it: then what is stored is the faster read.
-    """
-    return copy != "bf16" and not packed_head and config.vocab_size % HEAD_BLOCK == 0
-
-
-def has_packed_head(base: Params) -> bool:
-    """Whether the output matrix is stored quantized."""
-    return isinstance(_stored_head(base), PackedWeight)
-
-
-def _stored_head(base: Params) -> Any:
-    return base.get("head", base.get("embed"))
+def merged_bytes(model: Transformer, copy: str = "bf16") -> int:
+    """Size of the copy that `merge` makes."""
+    widths = matrix_shapes(model.config).values()
+    if copy != "bf16":
+        row_bytes = [(rows, width + width // copy_group(width) * SCALE.itemsize) for rows, width in widths]
+    else:
+        row_bytes = [(rows, width * jnp.dtype(model.dtype).itemsize) for rows, width in widths]
+    return model.config.num_layers * sum(rows * size for rows, size in row_bytes)
 
 
 def copy_group(width: int) -> int:
@@ -244,19 +209,11 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16") -> dict[str, Any]:
-    """The base's tree with what takes the place of its own: of "layers" the matrices, in 8 bits also "head" (`copies_head`).
+    """W + scale · B A of every matrix, as one array `[N, K]` in the compute dtype for each layer, or ("int8") in 8 bits a weight.
 
-    A matrix is W + scale · B A, as one array `[N, K]` in the compute dtype for each layer, or ("int8") in 8 bits a weight;
     "int8_layers": the same as "int8" laid out for a kernel a layer, as the one entry `LAYERS`. Made a matrix at a time: beside
-    the result there is never more than one of a layer's in float32.
+    the result there is never more than one matrix in float32.
     """
-    copies: dict[str, Any] = {"layers": _merge_layers(model, base, lora, copy)}
-    if copies_head(model.config, copy, has_packed_head(base)):
-        copies["head"] = _in_8_bits(_stored_head(base))
-    return copies
-
-
-def _merge_layers(model: Transformer, base: Params, lora: Params, copy: str) -> dict[str, Any]:
     adapter, numbers = _fused(model, lora), range(model.config.num_layers)
     dtype = jnp.dtype(model.dtype).name
 
@@ -302,23 +259,18 @@ def _merge_one(
             wide = wide + jnp.matmul(b.astype(dtype), a.astype(dtype)).astype(jnp.float32)
     if copy == "bf16":
         return wide.astype(dtype)
-    coded = _in_8_bits(wide[None])
+    coded = quantize_fast8(wide[None], copy_group(wide.shape[-1]), SCALE)
     if copy == "int8":
         return coded
     packed, scales = map(interleave_gate, (coded.packed, coded.scales)) if gate else (coded.packed, coded.scales)
     return LayerMatrix(packed, jnp.swapaxes(scales, 1, 2))
 
 
-@jax.jit
-def _in_8_bits(weight: Array) -> Fast8Weight:
-    return quantize_fast8(weight, copy_group(weight.shape[-1]), SCALE)
-
-
 def decoding_variables(model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool) -> Params:
     """What the decode loop applies the model to; made once, outside the loop."""
     if merged is None:
         return {"params": base, "lora": decoding_adapter(model, lora, unroll)}
-    return {"params": {**base, **merged, "layers": {**base["layers"], **merged["layers"]}}, "lora": {}}
+    return {"params": {**base, "layers": {**base["layers"], **merged}}, "lora": {}}
 
 
 def decoding_adapter(model: Transformer, lora: Params, unroll: bool) -> dict[str, tuple[Any, Array]]:

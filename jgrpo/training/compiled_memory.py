@@ -24,7 +24,7 @@ from jgrpo.config import TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.rollout import Rollout
 from jgrpo.rollout.ahead import bound, compile_all
-from jgrpo.rollout.weights import has_packed_head, merged_bytes, plan_weights
+from jgrpo.rollout.weights import merged_bytes, plan_weights
 from jgrpo.training.fitting import best_fit, refusal
 from jgrpo.training.memory import MemoryPlan, plan_memory
 from jgrpo.training.policy import Policy
@@ -111,7 +111,7 @@ def check_compiled(
     needs = [program_bytes(program) for program in compile_all([update, *([] if rollout is None else [rollout])])]
     prompts = (config.training.prompts_per_step, prompt_width)
     form = plan_weights(policy.model, policy.base, config.rollout, prompts).copy
-    copy = merged_bytes(policy.model, form, has_packed_head(policy.base)) if form else 0
+    copy = merged_bytes(policy.model, form) if form else 0
     batch = size_of(batch_shapes(config, prompt_width, policy.environment is not None))
     compiled = CompiledMemory(in_use + planned.runtime, sum(needs[1:]) + copy, needs[0] + batch)
     if compiled.total > limit:

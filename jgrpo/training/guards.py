@@ -25,7 +25,7 @@ TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 0.05, "float16":
 """Largest mean |Δ log-prob| over tokens between two forwards of the same policy in each compute dtype. The sampler
 decodes one token at a time and the trainer whole rows, so their sums are rounded in a different order."""
 INT8_WEIGHTS = TOLERANCES["float16"]
-"""The same where the sampler decodes with a merged copy in 8 bits, in any dtype (0.004 in docs/benchmarks.md)."""
+"""The same where the sampler decodes with a merged copy in 8 bits, in any dtype (0.002 in docs/benchmarks.md)."""
 
 
 class PolicyMismatch(RuntimeError):

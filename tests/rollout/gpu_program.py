@@ -1,8 +1,7 @@
 """Compile the rollout for an H200 on a machine without one: `python -m tests.rollout.gpu_program int4|int8|bf16`.
 
-Prints XLA's optimized program. The shapes are Qwen2.5-1.5B's with two layers, 64 rows, and a small vocabulary whose draw and head
-have the kernels of a large one. Run apart from the tests, because it needs the packages of the GPU extra, Triton's compiler
-and a process that takes itself for a GPU's.
+Prints XLA's optimized program. The shapes are Qwen2.5-1.5B's with two layers and a small vocabulary, 64 rows. Run apart from the
+tests, because it needs the packages of the GPU extra, Triton's compiler and a process that takes itself for a GPU's.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from jgrpo.rollout.weights import int8_form, merge
 from pallas_kernels import dispatch
 
 LAYERS, QUESTIONS, GROUP, PROMPT, TOKENS = 2, 8, 8, 256, 512
-CONFIG = ModelConfig("qwen2", 17_024, 1536, 8960, LAYERS, 12, 2, 128, qkv_bias=True, tie_embeddings=True)
+CONFIG = ModelConfig("qwen2", 8192, 1536, 8960, LAYERS, 12, 2, 128, qkv_bias=True, tie_embeddings=True)
 INT4_GROUP = 64
 
 

@@ -1,101 +1,25 @@
 """The merged copy: what it holds, when it is taken, and that it samples like the adapter."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgrpo.config import LoraConfig, RolloutConfig
+from jgrpo.config import RolloutConfig
 from jgrpo.lora import module_delta
-from jgrpo.models import ModelConfig, Transformer
-from jgrpo.quantization import LAYERS, dequantize, quantize, quantize_fast8, take_layer
+from jgrpo.quantization import LAYERS, dequantize, take_layer
 from jgrpo.rollout import Prompts, generate, weights
-from jgrpo.rollout.weights import (
-    HEAD_BLOCK,
-    cache_bytes,
-    choose_weights,
-    copies_head,
-    copy_group,
-    decoding_variables,
-    has_int8_kernel,
-    merge,
-    merged_bytes,
-    plan_weights,
-)
-from pallas_kernels import dispatch, tuning
-from tests.rollout.conftest import MATRICES, Policy, make_policy
+from jgrpo.rollout.weights import cache_bytes, choose_weights, merge, merged_bytes, plan_weights
+from tests.rollout.conftest import MATRICES, Policy
 
 CONFIG = RolloutConfig(num_generations=2, max_completion_length=12)
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def block_policy(request: pytest.FixtureRequest) -> Policy:
-    """Whose vocabulary is a whole block of the kernel's, so that a copy in 8 bits has the head."""
-    model, base, lora = make_policy(vocab=HEAD_BLOCK)
-    if request.param == "untied":
-        return Policy(model, base, lora)
-    config = dataclasses.replace(model.config, tie_embeddings=True)
-    head = base.pop("head")
-    return Policy(model.clone(config=config), {**base, "embed": head}, lora)
-
-
-def head_name(policy: Policy) -> str:
-    return "embed" if policy.model.config.tie_embeddings else "head"
-
-
-def bytes_of(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-@pytest.mark.parametrize("form", ["int8", "int8_layers"])
-def test_the_copy_in_eight_bits_has_the_head(block_policy: Policy, form: str) -> None:
-    model, base, lora = block_policy
-    copy, stored = merge(*block_policy, form), base[head_name(block_policy)]
-    want = quantize_fast8(stored, copy_group(stored.shape[-1]), jnp.bfloat16)
-    jax.tree.map(np.testing.assert_array_equal, copy["head"], want)
-    assert bytes_of(copy) == merged_bytes(model, form)
-    variables = decoding_variables(model, base, lora, copy, unroll=True)
-    hidden = jax.random.normal(jax.random.key(1), (3, stored.shape[-1]))
-    want = np.asarray(hidden, np.float64) @ np.asarray(dequantize(copy["head"]), np.float64).T
-    np.testing.assert_allclose(model.apply(variables, hidden, method="logits"), want, rtol=1e-5, atol=1e-5)
-    assert variables["params"]["embed"] is base["embed"]  # tokens are looked up in what is stored
-
-
-def test_a_head_that_is_packed_or_has_no_whole_blocks_stays_as_it_is(policy: Policy, block_policy: Policy) -> None:
-    name, base = head_name(block_policy), block_policy.base
-    packed = block_policy._replace(base={**base, name: quantize(base[name], 32)})
-    for case, packed_head in [(policy, False), (packed, True)]:
-        copy = merge(*case, "int8")
-        assert set(copy) == {"layers"}
-        params = decoding_variables(case.model, case.base, case.lora, copy, unroll=True)["params"]
-        assert params.keys() == case.base.keys()
-        assert all(params[name] is leaf for name, leaf in case.base.items() if name != "layers")
-        assert bytes_of(copy) == merged_bytes(case.model, "int8", packed_head)
-    assert set(merge(*block_policy)) == {"layers"}
-
-
-@pytest.mark.parametrize(("vocab", "width"), [(151_936, 896), (151_936, 1536), (128_256, 4096), (17_024, 5120)])
-def test_a_head_that_is_copied_has_a_kernel_where_the_matrices_have_one(
-    vocab: int, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And its K is not split: parts of the size of all logits would be as much to read again as the head."""
-    device = dispatch.Device("gpu", (9, 0), True, "NVIDIA H200", True, 132)
-    monkeypatch.setattr(dispatch, "current_device", lambda: device)
-    config = ModelConfig("qwen2", vocab, width, 4 * width, 2, width // 64, 2, 64)
-    for rows in (1, 64, 256):
-        assert copies_head(config, "int8", packed_head=False)
-        assert has_int8_kernel(Transformer(config, LoraConfig(), jnp.bfloat16), rows)
-        blocks = tuning.int8_config(rows, vocab, width, copy_group(width))
-        assert blocks is not None
-        assert blocks.split_k == 1
-
-
 def test_merge_adds_each_module_to_its_rows(int4_policy: Policy) -> None:
     model, base, lora = int4_policy
-    merged, scale = merge(*int4_policy)["layers"], model.lora.scale
+    merged, scale = merge(*int4_policy), model.lora.scale
     deltas = {name: np.asarray(module_delta(lora, name, scale)) for name in lora}
     parts = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("o_proj",), "gate_up": ("gate_proj", "up_proj")}
     assert set(merged) == set(MATRICES)
@@ -103,7 +27,7 @@ def test_merge_adds_each_module_to_its_rows(int4_policy: Policy) -> None:
         delta = np.concatenate([deltas[name] for name in names], axis=1)
         want = np.asarray(dequantize(base["layers"][matrix])) + delta
         np.testing.assert_allclose(np.stack(merged[matrix]), want, atol=1e-5)
-    assert merged_bytes(model) == bytes_of(merged)
+    assert merged_bytes(model) == sum(leaf.nbytes for leaf in jax.tree.leaves(merged))
 
 
 @pytest.mark.parametrize("which", ["policy", "int4_policy"])
@@ -127,15 +51,15 @@ def test_the_copy_samples_like_base_and_adapter(
 
 def test_the_copy_is_in_the_compute_dtype_and_without_an_adapter_the_base(int4_policy: Policy) -> None:
     model, base, _ = int4_policy
-    merged = merge(model.clone(dtype=jnp.bfloat16), base, {})["layers"]
+    merged = merge(model.clone(dtype=jnp.bfloat16), base, {})
     want = dequantize(base["layers"]["down"], jnp.bfloat16)
     np.testing.assert_array_equal(np.stack(merged["down"]), np.asarray(want))
 
 
 def test_the_copy_in_eight_bits_is_the_merged_matrix_within_a_step(policy: Policy) -> None:
-    merged, coded = merge(*policy)["layers"], merge(*policy, "int8")["layers"]
+    merged, coded = merge(*policy), merge(*policy, "int8")
     assert set(coded) == set(merged)
-    assert merged_bytes(policy.model, "int8") == bytes_of(coded)
+    assert merged_bytes(policy.model, "int8") == sum(leaf.nbytes for leaf in jax.tree.leaves(coded))
     for name, weight in coded.items():
         for layer, exact in enumerate(merged[name]):
             own = take_layer(weight, layer)
@@ -148,46 +72,42 @@ def test_the_copy_in_eight_bits_is_the_merged_matrix_within_a_step(policy: Polic
 
 
 def test_a_copy_laid_out_for_a_kernel_a_layer_samples_like_one_of_matrices(
-    block_policy: Policy, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here by the kernel's jnp twin; the layout has the same elements."""
     how = dict(eos_ids=(5,), pad_id=0)
     config = dataclasses.replace(CONFIG, rollout_weights="int8")
-    matrices = generate(*block_policy, prompts, jax.random.key(2), config, **how)
+    matrices = generate(*policy, prompts, jax.random.key(2), config, **how)
     monkeypatch.setattr(weights, "int8_form", lambda model, rows: "int8_layers")
-    layers = generate(*block_policy, prompts, jax.random.key(2), config, **how)
+    layers = generate(*policy, prompts, jax.random.key(2), config, **how)
     np.testing.assert_array_equal(layers.completion_tokens, matrices.completion_tokens)
     np.testing.assert_allclose(layers.logprobs, matrices.logprobs, atol=1e-4)
-    copies = [merge(*block_policy, form) for form in ("int8", "int8_layers")]
-    assert set(copies[1]["layers"]) == {LAYERS}
-    assert [bytes_of(copy) for copy in copies] == [merged_bytes(block_policy.model, "int8")] * 2
-    jax.tree.map(np.testing.assert_array_equal, copies[0]["head"], copies[1]["head"])
+    copies = [merge(*policy, form) for form in ("int8", "int8_layers")]
+    assert set(copies[1]) == {LAYERS}
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(copy)) for copy in copies]
+    assert sizes == [merged_bytes(policy.model, "int8")] * 2
 
 
 @pytest.mark.parametrize("layers", ["loop", "unrolled"])
 def test_rollouts_from_the_copy_in_eight_bits_follow_its_matrices(
-    block_policy: Policy, prompts: Prompts, layers: str, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, prompts: Prompts, layers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are those of a 16-bit copy with the same elements."""
     how = dict(eos_ids=(5,), pad_id=0)
     config = dataclasses.replace(CONFIG, rollout_weights="int8", decode_layers=layers)
-    coded = generate(*block_policy, prompts, jax.random.key(2), config, **how)
+    coded = generate(*policy, prompts, jax.random.key(2), config, **how)
 
     def dequantized(model, base, lora, _copy):
-        copy = merge(model, base, lora, "int8")
-        layers = {name: [take_layer(part, 0) for part in weight.parts] for name, weight in copy["layers"].items()}
-        return {
-            "layers": {name: tuple(map(dequantize, parts)) for name, parts in layers.items()},
-            "head": dequantize(copy["head"]),
-        }
+        coded = merge(model, base, lora, "int8")
+        return {name: tuple(dequantize(take_layer(part, 0)) for part in weight.parts) for name, weight in coded.items()}
 
     monkeypatch.setattr(weights, "merge", dequantized)
     config = dataclasses.replace(CONFIG, rollout_weights="bf16", decode_layers="unrolled")
-    wide = generate(*block_policy, prompts, jax.random.key(2), config, **how)
+    wide = generate(*policy, prompts, jax.random.key(2), config, **how)
     np.testing.assert_array_equal(coded.completion_tokens, wide.completion_tokens)
     np.testing.assert_allclose(coded.logprobs, wide.logprobs, atol=1e-4)
     monkeypatch.undo()
-    exact = generate(*block_policy, prompts, jax.random.key(2), config, **how)
+    exact = generate(*policy, prompts, jax.random.key(2), config, **how)
     assert np.abs(np.asarray(exact.logprobs - coded.logprobs)).max() > 1e-4  # the copies do differ
 
 

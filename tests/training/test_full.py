@@ -194,7 +194,7 @@ def test_rollout_uses_the_weights_or_their_cast():
     wide = decoded(MODEL.clone(dtype=jnp.bfloat16), {}, weights(), settings().rollout, (4, 6))
     assert {leaf.dtype.name for name, leaf in wide.base.items() if name != "layers"} == {"bfloat16"}
     assert wide.base["layers"]["qkv"] is own["layers"]["qkv"]
-    for name, layers in wide.merged["layers"].items():
+    for name, layers in wide.merged.items():
         for layer, matrix in enumerate(layers):
             np.testing.assert_array_equal(matrix, own["layers"][name][layer].astype(jnp.bfloat16))
 
