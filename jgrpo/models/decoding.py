@@ -28,13 +28,22 @@ AttendParts = Callable[..., tuple[Any, Any]]
 -> (the heads' outputs as `Rows`, or their `AttentionParts`; whatever the caller keeps)."""
 
 
+FOLLOWING_NORM = "following_norm"
+"""The key of `following_norms` among a base's layers, where the caller has made them."""
+
+
+def following_norms(base: Any) -> Float[Array, "L D"]:
+    """What follows layer i: the norm in front of layer i + 1, and after the last one the final norm."""
+    return jnp.concatenate([base["layers"]["input_norm"][1:], base["final_norm"][None]])
+
+
 class DecodeLayers:
     """One step's layers; `adapter` is fused (`jgrpo.lora.fuse`), `dtype` the compute dtype."""
 
     def __init__(self, config: ModelConfig, base: Any, adapter: Adapter, dtype: Any) -> None:
         self.config, self.weights, self.adapter, self.dtype = config, base["layers"], adapter, dtype
-        # What follows layer i: the norm in front of layer i + 1, and after the last one the final norm.
-        self.following_norm = jnp.concatenate([self.weights["input_norm"][1:], base["final_norm"][None]])
+        made = self.weights.get(FOLLOWING_NORM)
+        self.following_norm = following_norms(base) if made is None else made
 
     def enter(self, residual: Float[Array, "M D"]) -> Rows:
         """The normed input of the first layer."""

@@ -14,7 +14,6 @@ the same way, where they are wider.
 and every resumed run decides alike.
 """
 
-import dataclasses
 import functools
 import math
 import operator
@@ -30,6 +29,7 @@ import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
+from jgrpo.models.decoding import FOLLOWING_NORM, following_norms
 from jgrpo.quantization import LAYERS, LayerWeights, MixedWeight, PackedWeight, dequantize, quantize_fast8
 from pallas_kernels import LayerMatrix, interleave_gate
 
@@ -37,9 +37,12 @@ Params = Mapping[str, Any]
 
 MERGED_ROWS = 64
 """Rows from which auto prefers a merged copy: on an H200 a tenth to a quarter faster at 64 (docs/benchmarks.md), more with more rows."""
+FUSED_ROWS = 16
+"""Rows from which auto prefers a copy in 8 bits that has a kernel a layer: on an H200 a 1.5B is then a fifth faster than with int4 at
+16 rows and a quarter at 32, and 6 % faster than with a copy in 16 bits at 64."""
 MANY_ROWS, LARGE_COPY = 128, 4e9
-"""Below so many rows, and from so many bytes of 16-bit weights on, auto takes the copy in 8 bits where its kernel runs. On an H200
-with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead; all with a kernel for each matrix."""
+"""Below so many rows, and from so many bytes of 16-bit weights on, auto takes a copy in 8 bits also where it has a kernel for each matrix.
+On an H200 with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead."""
 COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
 """Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
 LAYER_ORDER = ("out", "gate_up", "down", "qkv")
@@ -73,24 +76,30 @@ def plan_weights(model: Transformer, base: Params, config: RolloutConfig, prompt
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     copies = {form: merged_bytes(model, form) for form in ("bf16", "int8")}
     cache = cache_bytes(model, config, prompts)
-    plan = choose_weights(rows, size, copies, cache, _device_bytes(), has_int8_kernel(model, rows))
-    return dataclasses.replace(plan, copy=int8_form(model, rows)) if plan.copy == "int8" else plan
+    int8 = int8_form(model, rows)
+    int8 = int8 if int8 == "int8_layers" or has_int8_kernel(model, rows) else None
+    return choose_weights(rows, size, copies, cache, _device_bytes(), int8)
 
 
 def choose_weights(
-    rows: int, base: int, copies: Mapping[str, int], cache: int, device: int | None, int8_kernel: bool = False
+    rows: int, base: int, copies: Mapping[str, int], cache: int, device: int | None, int8: str | None = None
 ) -> WeightsPlan:
-    """auto's rule, on numbers of bytes; `device` is None where the device does not state its memory."""
-    if rows < MERGED_ROWS:
-        return WeightsPlan(None, f"auto: {rows} rows, a copy pays from {MERGED_ROWS}")
+    """auto's rule, on numbers of bytes.
+
+    `device` is None where the device does not state its memory, `int8` where it has no kernel for the form of a copy in 8 bits.
+    """
+    fused = int8 == "int8_layers"
+    least = FUSED_ROWS if fused else MERGED_ROWS
+    if rows < least:
+        return WeightsPlan(None, f"auto: {rows} rows, a copy pays from {least}")
     if device is None:
         return WeightsPlan(None, "auto: the device does not state its memory")
-    few = int8_kernel and rows < MANY_ROWS and copies["bf16"] >= LARGE_COPY
-    form = "int8" if few else "bf16"
-    numbers = f"{base / 1e9:.1f} GB base + {copies[form] / 1e9:.1f} GB copy + {cache / 1e9:.1f} GB cache"
-    fits = base + copies[form] + cache <= MEMORY_SHARE * device
+    few = fused or (int8 is not None and rows < MANY_ROWS and copies["bf16"] >= LARGE_COPY)
+    copy = copies["int8" if few else "bf16"]
+    numbers = f"{base / 1e9:.1f} GB base + {copy / 1e9:.1f} GB copy + {cache / 1e9:.1f} GB cache"
+    fits = base + copy + cache <= MEMORY_SHARE * device
     reason = f"auto: {numbers} {'<=' if fits else '>'} {MEMORY_SHARE:.0%} of {device / 1e9:.1f} GB"
-    return WeightsPlan(form if fits else None, reason)
+    return WeightsPlan((int8 if few else "bf16") if fits else None, reason)
 
 
 def int8_form(model: Transformer, rows: int) -> str:
@@ -267,10 +276,10 @@ def _merge_one(
 
 
 def decoding_variables(model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool) -> Params:
-    """What the decode loop applies the model to; made once, outside the loop."""
-    if merged is None:
-        return {"params": base, "lora": decoding_adapter(model, lora, unroll)}
-    return {"params": {**base, "layers": {**base["layers"], **merged}}, "lora": {}}
+    """What the decode loop applies the model to; made once, outside the loop, where XLA cannot compute it again for every layer to save memory."""
+    layers = {**base["layers"], **(merged or {}), FOLLOWING_NORM: following_norms(base)}
+    lora = decoding_adapter(model, lora, unroll) if merged is None else {}
+    return {"params": {**base, "layers": layers}, "lora": lora}
 
 
 def decoding_adapter(model: Transformer, lora: Params, unroll: bool) -> dict[str, tuple[Any, Array]]:

@@ -49,15 +49,15 @@ def test_programs_without_work_keep_pace(qkv):
 @pytest.mark.parametrize(
     ("m", "width", "ffn", "depth", "splits", "programs"),
     [
-        (9, 512, 640, None, (1, 1, 5, 1), 3),
-        (64, 256, 640, 64, (2, 1, 1, 1), 3),
+        (9, 512, 256, None, (1, 1, 2, 1), 3),
+        (64, 256, 256, 64, (2, 1, 1, 1), 3),
         (33, 768, 128, None, (1, 1, 1, 2), 5),
     ],
 )
 def test_half_tiles(m, width, ffn, depth, splits, programs):
-    """Ten tiles of gate and up for three programs: in a fourth turn two of them take half of the last one; or two tiles, all as halves."""
+    """Four tiles of gate and up for three programs: in a second turn two of them take half of the last one; or two tiles, all as halves."""
     if not INTERPRET:
-        programs, ffn = PROGRAMS, 64 * (PROGRAMS + 4) if ffn == 640 else ffn
+        programs, ffn = PROGRAMS, 64 * (PROGRAMS + 4) if programs == 3 else ffn
     _check(m, width, 256, ffn, 384, depth, splits, "silu", programs)
 
 

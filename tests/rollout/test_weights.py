@@ -120,12 +120,18 @@ def test_auto_takes_the_copy_with_many_rows_and_room(int4_policy: Policy) -> Non
     reason = str(choose_weights(512, 2 * 10**9, {"bf16": 3 * 10**9, "int8": 0}, 10**9, 8 * 10**9))
     assert reason == "rollout weights: as stored (auto: 2.0 GB base + 3.0 GB copy + 1.0 GB cache > 60% of 8.0 GB)"
     large = {"bf16": 6 * 10**9, "int8": 3 * 10**9}
-    assert choose_weights(64, 0, large, 0, 10**11, int8_kernel=True).copy == "int8"
-    assert choose_weights(127, 0, large, 0, 5 * 10**9, int8_kernel=True).copy == "int8"
-    assert choose_weights(127, 0, large, 0, 49 * 10**8, int8_kernel=True).copy is None
-    assert choose_weights(128, 0, large, 0, 10**11, int8_kernel=True).copy == "bf16"
-    assert choose_weights(64, 0, large, 0, 10**11, int8_kernel=False).copy == "bf16"
-    assert choose_weights(64, 0, {"bf16": 3 * 10**9, "int8": 2 * 10**9}, 0, 10**11, int8_kernel=True).copy == "bf16"
+    assert choose_weights(64, 0, large, 0, 10**11, "int8").copy == "int8"
+    assert choose_weights(63, 0, large, 0, 10**11, "int8").copy is None
+    assert choose_weights(127, 0, large, 0, 5 * 10**9, "int8").copy == "int8"
+    assert choose_weights(127, 0, large, 0, 49 * 10**8, "int8").copy is None
+    assert choose_weights(128, 0, large, 0, 10**11, "int8").copy == "bf16"
+    assert choose_weights(64, 0, large, 0, 10**11, None).copy == "bf16"
+    small = {"bf16": 3 * 10**9, "int8": 2 * 10**9}
+    assert choose_weights(64, 0, small, 0, 10**11, "int8").copy == "bf16"
+    assert choose_weights(64, 0, small, 0, 10**11, "int8_layers").copy == "int8_layers"
+    assert choose_weights(16, 0, small, 0, 10**11, "int8_layers").copy == "int8_layers"
+    assert choose_weights(16, 0, small, 0, 3 * 10**9, "int8_layers").copy is None
+    assert str(choose_weights(15, 0, small, 0, 10**11, "int8_layers")).endswith("(auto: 15 rows, a copy pays from 16)")
     for setting, copy in [("int4", None), ("int8", "int8"), ("bf16", "bf16"), ("auto", None)]:
         config = dataclasses.replace(CONFIG, rollout_weights=setting)
         plan = plan_weights(int4_policy.model, int4_policy.base, config, (5, 12))
