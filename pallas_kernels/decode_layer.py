@@ -56,11 +56,11 @@ def decode_layer(
     """
     m, shapes = residual.shape[0], tuple(matrix.packed.shape[1:] for matrix in matrices)
     configs = _configs(m, shapes, residual.dtype, matrices[0].scales.dtype)
-    if implementation not in (None, dispatch.REFERENCE, tuning.MOSAIC):
+    if implementation not in (None, dispatch.REFERENCE, dispatch.MOSAIC):
         raise ValueError(
             f"decode_layer: implementation={implementation!r} is unknown; use 'reference', 'mosaic' or None"
         )
-    if implementation == tuning.MOSAIC and configs is None:
+    if implementation == dispatch.MOSAIC and configs is None:
         raise ValueError(f"decode_layer: the kernel cannot run {m} rows with matrices {shapes} here")
     if configs is None or implementation == dispatch.REFERENCE:
         return _reference(attended, residual, norms, matrices, counter, layer, eps, activation)

@@ -17,6 +17,9 @@ takes the counter along, starting from 0, and each knows from its number in the 
 same time because there is one for each multiprocessor, and whatever ran there before ends without waiting for them; a program that
 waits for seconds all the same ends with an error.
 
+Sums of gate and up are needed whole, so their K is not split between programs. Where the tiles that a last turn has are few, they are
+taken as halves: both warp groups multiply the same 64 rows of weights, each by every other block of K, and one hands its sums to the other.
+
 Rows of gate and up alternate by eights (`interleave_gate`), so that a thread's accumulators hold both of a pair. Activations have
 permuted columns between the products (`rows.permute_columns`), as the products read them.
 """

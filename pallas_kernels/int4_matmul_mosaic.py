@@ -13,8 +13,8 @@ in the first K split.
 Mosaic's interpreter (jax >= 0.11, on a CPU) runs the same code but for what `mosaic_instructions.py` holds, and takes the
 left operand from shared memory.
 
-A product with more tiles of weights than the GPU has multiprocessors, like a head's, has one program for each of these: it takes tiles
-in turn, and the next one's blocks arrive while it ends the last one.
+Where there are more tiles of whole K than multiprocessors, and no adapter, each of these has one program: it takes tiles in turn, and the
+next one's blocks arrive while it ends the last one.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -362,7 +362,7 @@ def partial_sums(
 ):
     """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
 
-    `permuted` is x with permuted columns; `programs` take the tiles of a product like a head's in turn, by default as many as the GPU has
+    `permuted` is x with permuted columns; `programs` take the tiles of a large product in turn, by default as many as the GPU has
     multiprocessors; the other arguments are those of `int4_matmul_triton.partial_sums`.
     """
     config = _fitting(config, 0 if xa is None else xa.shape[-1], code)

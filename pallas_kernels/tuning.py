@@ -162,7 +162,7 @@ def mosaic_config(
 def int8_config(m: int, n: int, k: int, group: int, *, multiprocessors: int = 132) -> Int4Config | None:
     """The blocks for 8-bit weights, which have the mosaic form only, on the current device; None: it cannot run this shape.
 
-    K is not split where the tiles of N alone give every multiprocessor a program, as a head's do, whatever the nearest entry does.
+    K is not split where the tiles of N alone give every multiprocessor a program, whatever the nearest entry does.
     """
     entries = [
         e | {"blocks": Int4Config(**e["config"])} for e in tuned(dispatch.current_device().name).get("int8_matmul", [])
