@@ -40,17 +40,8 @@ from jax import lax
 from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.int4_matmul_mosaic import Plan
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
-from pallas_kernels.mosaic_layer_roles import (
-    Handed,
-    Layer,
-    Operands,
-    Product,
-    Refs,
-    Slots,
-    copy_weights,
-    copy_x,
-    multiply,
-)
+from pallas_kernels.mosaic_layer_plan import Handed, Layer, Operands, Product, Refs, Slots
+from pallas_kernels.mosaic_layer_roles import copy_weights, copy_x, multiply
 from pallas_kernels.rows import AttentionParts
 from pallas_kernels.tuning import LAYER_X_STAGES, Int4Config
 
