@@ -177,7 +177,7 @@ def test_top_k_one_is_the_argmax_at_any_temperature() -> None:
 def test_a_step_draws_with_its_own_numbers(settings: dict) -> None:
     logits = jax.random.normal(jax.random.key(6), (3, 4, 50))
     numbers = jax.random.uniform(jax.random.key(7), (5, 3, 4))
-    for step in range(5):
+    for step in (0, 3):
         got = draw(logits, numbers, step=jnp.int32(step), **settings)
         for part, want in zip(got, draw(logits, numbers[step], **settings), strict=True):
             np.testing.assert_array_equal(part, want)
