@@ -364,9 +364,8 @@ def bench_draw(blocks, rates, report) -> None:
         name: partial(pallas_kernels.draw_token, temperature=1.0, implementation=name)
         for name in ("triton", "reference")
     }
-    for text in blocks:
-        block, warps = map(int, text.split(":"))
-        draws[text] = partial(of_blocks, block=block, warps=warps)
+    for block, warps in blocks:
+        draws[f"{block}:{warps}"] = partial(of_blocks, block=block, warps=warps)
     for vocabulary, m in [(vocabulary, m) for vocabulary in VOCABULARIES for m in DRAW_ROWS]:
         moved = 4 * m * vocabulary
         layers = int(max(2, min(28, STACK_BYTES // moved)))
@@ -402,14 +401,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--suffixes", nargs="+", type=int, default=[1, 256, 512], help="of rope_attention")
-    parser.add_argument("--draw-blocks", nargs="+", default=[], help="of --op draw, LOGITS:WARPS, to compare")
+    parser.add_argument(
+        "--draw-blocks", nargs="+", type=draw_block, default=[], help="of --op draw, LOGITS:WARPS, to compare"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--seed", type=int, default=time.time_ns() % 2**31, help="of the check's inputs; fresh by default"
     )
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--no-compare", action="store_true", help="leave out what XLA and cuBLAS take")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if (backend := jax.default_backend()) != "gpu":
+        parser.error(
+            f"the kernels run on an NVIDIA GPU, the backend is {backend!r}; tests/pallas_kernels interprets them"
+        )
+    return options
+
+
+def draw_block(text: str) -> tuple[int, int]:
+    """'2048:4' -> (2048, 4), both powers of two."""
+    numbers = text.split(":")
+    if len(numbers) != 2 or not all(number.isdecimal() and int(number).bit_count() == 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOGITS:WARPS, two powers of two, like 2048:4")
+    return int(numbers[0]), int(numbers[1])
 
 
 def main(arguments: list[str]) -> None:
