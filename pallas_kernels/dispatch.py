@@ -226,7 +226,7 @@ def rope_attention_problem(
     cache_dtype,
     takes_new_tokens: bool,
 ) -> str | None:
-    """Why rotation, cache write and attention cannot be one kernel; None when they can, and then that is faster.
+    """Why rotation, cache write and attention cannot be one kernel; None when they can: one launch in place of two.
 
     `takes_new_tokens` is that of the attention's configuration.
     """

@@ -85,7 +85,7 @@ class Plan(NamedTuple):
         left = self.tiles - lax.axis_index("n")
         return lax.div(left + self.programs - 1, self.programs) if self.programs else 1
 
-    def each_tile(self, body: "Callable[[Any, Any], None]") -> None:
+    def each_tile(self, body: Callable[[Any, Any], None]) -> None:
         """Call `body` with each of the program's tiles, and how many blocks it had before."""
         first = lax.axis_index("n")
         if not self.programs:
@@ -223,13 +223,12 @@ def _multiply_ring(plan: Plan, ring: _Ring, sums, used, first, last) -> None:
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(ring.empty.at[before])
 
+    left = first
     if unroll > 1:
         several = lax.div(last - first, unroll)
         pl.loop(0, several)(lambda turn: multiply([first + turn * unroll + i for i in range(unroll)]))
-        first_left = first + several * unroll
-    else:
-        first_left = first
-    pl.loop(first_left, last)(lambda step: multiply([step]))
+        left = first + several * unroll
+    pl.loop(left, last)(lambda step: multiply([step]))
 
 
 def dequantized_groups(plan: Plan, packed, scales: Callable[[int], Any]) -> Iterator[Any]:

@@ -127,7 +127,7 @@ class Slots(NamedTuple):
         slot = lax.rem(block, self.full.shape[0])
         return Slots(tuple(ref.at[slot] for ref in self.data), self.full.at[slot], self.empty.at[slot])
 
-    def fill(self, block, copies: "Copies") -> None:
+    def fill(self, block, copies: Copies) -> None:
         """Begin to copy what the slot has, once all who multiply have read what it had."""
         slot = self.at(block)
 

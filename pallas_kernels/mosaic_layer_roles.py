@@ -120,8 +120,8 @@ def multiply(layer: Layer, refs: Refs) -> None:
         for unit in layer.units(product):
 
             @pl.when(unit.first < unit.last)
-            def _(product=product, operands=operands, unit=unit, used=used, gated=name == "gate_up"):
-                _multiply_unit(layer, refs, product, operands, unit, used, gated=gated)
+            def _(product=product, operands=operands, unit=unit, used=used):
+                _multiply_unit(layer, refs, product, operands, unit, used)
 
             used = Blocks(used.weights + unit.slots, used.x + unit.last - unit.first)
         if name == "gate_up":
@@ -136,9 +136,7 @@ def multiply(layer: Layer, refs: Refs) -> None:
                 meet()
 
 
-def _multiply_unit(
-    layer: Layer, refs: Refs, product: Product, operands: Operands, unit: Unit, used: Blocks, *, gated: bool
-) -> None:
+def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operands, unit: Unit, used: Blocks) -> None:
     """Partial sums of a unit, or gate times up; `used` slots of the rings were before."""
     config, own = product.plan.config, lax.axis_index("warpgroup")
 
@@ -159,12 +157,14 @@ def _multiply_unit(
         return sums[...]
 
     sums = pl.run_scoped(all_blocks, plgpu.ACC((ROWS, config.block_m), jnp.float32))
+
+    def gate(sums, tile) -> None:
+        store_gated(sums, operands.out, tile, layer.activation, layer.interpret)
+
     if unit.half:
-        _add_partner(
-            refs, sums, lambda whole: store_gated(whole, operands.out, unit.tile, layer.activation, layer.interpret)
-        )
-    elif gated:
-        store_gated(sums, operands.out, unit.tile + own, layer.activation, layer.interpret)
+        _add_partner(refs, sums, lambda whole: gate(whole, unit.tile))
+    elif product.gated:
+        gate(sums, unit.tile + own)
     else:
         rows = pl.ds((unit.tile + own) * ROWS, ROWS)
         operands.out.at[unit.split, :, rows].T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)

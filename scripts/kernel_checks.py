@@ -12,6 +12,11 @@ from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels import oracles
 
 
+def normal(rng: np.random.Generator, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
+    """Standard normal numbers."""
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
 def check_int4(rng: np.random.Generator) -> float:
     """Largest relative error over odd shapes; every implementation that can run."""
     worst = 0.0
@@ -64,7 +69,7 @@ def check_rope_attention(rng: np.random.Generator) -> float:
     worst = 0.0
     for heads, kv_heads, generations, normed in [(6, 2, 9, True), (12, 2, 8, False), (4, 1, 5, True)]:
         q, prompt, suffix, depth = 32, 100, 150, 128
-        draw = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+        draw = partial(normal, rng)
         parts = draw(3, q, generations, (heads + 2 * kv_heads) * depth, dtype=jnp.float32)
         angles = [jnp.asarray(f(rng.normal(size=(q, depth // 2)) * 9), jnp.float32) for f in (np.cos, np.sin)]
         prompts = [draw(2, q, kv_heads, prompt, depth) for _ in "kv"]
@@ -140,7 +145,7 @@ def check_draw(rng: np.random.Generator) -> float:
 
 def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> list:
     """Calls of the operations between two products on random arguments, with permuted columns."""
-    draw = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    draw = partial(normal, rng)
     x, scale = draw(m, width), draw(3, width)
     sums, both = draw(parts, m, width, dtype=jnp.float32), draw(parts, m, 2 * width, dtype=jnp.float32)
     add = partial(pallas_kernels.add_rms_norm, x, sums, scale, layer=2, eps=1e-6, permuted=True)

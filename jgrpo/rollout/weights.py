@@ -76,9 +76,9 @@ def plan_weights(model: Transformer, base: Params, config: RolloutConfig, prompt
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     copies = {form: merged_bytes(model, form) for form in ("bf16", "int8")}
     cache = cache_bytes(model, config, prompts)
-    int8 = int8_form(model, rows)
-    int8 = int8 if int8 == "int8_layers" or has_int8_kernel(model, rows) else None
-    return choose_weights(rows, size, copies, cache, _device_bytes(), int8)
+    form = int8_form(model, rows)
+    runs = form == "int8_layers" or has_int8_kernel(model, rows)
+    return choose_weights(rows, size, copies, cache, _device_bytes(), form if runs else None)
 
 
 def choose_weights(
@@ -86,7 +86,7 @@ def choose_weights(
 ) -> WeightsPlan:
     """auto's rule, on numbers of bytes.
 
-    `device` is None where the device does not state its memory, `int8` where it has no kernel for the form of a copy in 8 bits.
+    `device` is None where the device does not state its memory; `int8` is the form of a copy in 8 bits, None where no kernel multiplies by it.
     """
     fused = int8 == "int8_layers"
     least = FUSED_ROWS if fused else MERGED_ROWS
