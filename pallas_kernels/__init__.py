@@ -16,7 +16,7 @@ from pallas_kernels.draw_token import draw_token
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.gated_matmul import gated_matmul
 from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partial_sums, reads_permuted
-from pallas_kernels.rope_attention import rope_attention
+from pallas_kernels.rope_attention import NewTokens, rope_attention
 from pallas_kernels.rope_cache import rope_and_cache
 from pallas_kernels.rows import AttentionParts, Rows, joined
 from pallas_kernels.token_logprobs import token_logprobs
@@ -26,6 +26,7 @@ __all__ = [
     "NF4",
     "AttentionParts",
     "LayerMatrix",
+    "NewTokens",
     "Rows",
     "add_rms_norm",
     "decode_attention",

@@ -40,16 +40,25 @@ from jax import lax
 from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.int4_matmul_mosaic import Plan
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
-from pallas_kernels.mosaic_layer_plan import Handed, Layer, Operands, Product, Refs, Slots
+from pallas_kernels.mosaic_layer_attention import (
+    BLOCK,
+    Attention,
+    AttentionRefs,
+    Given,
+    attention_memory,
+    tile_of_generations,
+)
+from pallas_kernels.mosaic_layer_plan import Handed, Layer, Operands, Product, Refs
 from pallas_kernels.mosaic_layer_roles import copy_weights, copy_x, multiply
-from pallas_kernels.rows import AttentionParts
+from pallas_kernels.mosaic_ring import Slots
+from pallas_kernels.rope_attention import NewTokens
 from pallas_kernels.tuning import LAYER_X_STAGES, Int4Config
 
 COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 208
 """Of a thread: of two warp groups that copy, and two that multiply."""
 
 
-@partial(jax.jit, static_argnames=("configs", "programs", "rows", "eps", "activation", "interpret"))
+@partial(jax.jit, static_argnames=("attention", "configs", "programs", "rows", "eps", "activation", "interpret"))
 def _launch(
     attended,
     residual,
@@ -58,6 +67,7 @@ def _launch(
     counter,
     weights,
     *,
+    attention: Attention | None,
     configs: tuple[Int4Config, ...],
     programs: int,
     rows: int,
@@ -65,7 +75,10 @@ def _launch(
     activation: str,
     interpret: bool,
 ):
-    """(residual, parts of qkv or normed rows, counter); residual has as many rows as a tile."""
+    """(residual, parts of qkv or normed rows, counter, new caches); residual has as many rows as a tile.
+
+    `attended` is what an attention is given, or its rows where `attention` is None.
+    """
     (m, width), dtype = residual.shape, residual.dtype
     products = []
     for (packed, scales), config in zip(weights, configs, strict=True):
@@ -73,25 +86,35 @@ def _launch(
         group = k // scales.shape[1]
         plan = Plan(config, k // config.block_k, group, LAYER_CODE, 0, False, interpret)
         products.append(Product(plan, n // config.block_n, gated=len(products) == 1))
-    layer = Layer(tuple(products), programs, rows, eps, activation, interpret)
+    layer = Layer(tuple(products), attention, programs, rows, eps, activation, interpret)
     left = [
         jax.ShapeDtypeStruct((c.split_k, m, packed.shape[1]), jnp.float32)
         for c, (packed, _) in zip(configs, weights, strict=True)
     ]
     left[1] = jax.ShapeDtypeStruct((m, weights[1][0].shape[1] // 2), dtype)
-    normed, merged = (jax.ShapeDtypeStruct((m, k), dtype) for k in (width, weights[0][0].shape[2]))
-    merges = isinstance(attended, AttentionParts)
-    # What products leave, the residual, the rows after out and after down, and out's own.
-    outputs = [*left, normed, normed, normed, *([merged] if merges else [])]
+    normed, heads = (jax.ShapeDtypeStruct((m, k), dtype) for k in (width, weights[0][0].shape[2]))
+    # What products leave, the residual, the rows after out and after down, and the attention's.
+    outputs = [*left, normed, normed, normed, *([heads] if attention else [])]
+    if attention:
+        attended = attended._replace(suffix=tuple(map(jax.new_ref, attended.suffix)))
+    given, tree = jax.tree.flatten(attended)
 
     def kernel(*refs):
-        given, inputs, left, stored, memory = _cut(refs, 1 + merges, 5 + 2 * len(products), len(products), 3 + merges)
+        given, inputs, left, stored, memory = _cut(
+            refs, tree.num_leaves, 5 + 2 * len(products), len(products), 3 + bool(attention)
+        )
         residual, post_norm, following_norm, number, counter, *flat = inputs
-        residual_out, after_out, after_down, *to_merge = stored
-        x = ((to_merge or given)[0], after_out, left[1], after_down)
-        operands = [Operands(*of) for of in zip(x, flat[::2], flat[1::2], left, strict=False)]
+        residual_out, after_out, after_down, *heads = stored
+        weights, x, *shared, barriers = memory
+        attended, of_attention = tree.unflatten(given), None
+        if attention:
+            # Two names of a memory each.
+            ((x_rows, own_memory),), ((bytes_, keys), scales) = x.data, weights.data
+            x, weights = x._replace(data=(x_rows,)), weights._replace(data=(bytes_, scales, keys))
+            of_attention, (attended,) = AttentionRefs(attended, own_memory, *barriers), heads
+        x_of = (attended, after_out, left[1], after_down)
+        operands = [Operands(*of) for of in zip(x_of, flat[::2], flat[1::2], left, strict=False)]
         ours = Refs(
-            AttentionParts(*given) if merges else None,
             tuple(operands),
             residual,
             (post_norm, following_norm),
@@ -99,7 +122,10 @@ def _launch(
             counter,
             residual_out,
             (after_out, after_down),
-            *memory,
+            weights,
+            x,
+            *shared,
+            of_attention,
         )
         role = lax.axis_index("warpgroup")
 
@@ -128,13 +154,7 @@ def _launch(
         cluster_names=("program",) if interpret else (),
         num_threads=layer.warpgroups + 2,
         thread_name="warpgroup",
-        scratch_types=(
-            *_ring_memory(layer, dtype, packed.dtype, scales.dtype),
-            plgpu.Barrier(num_arrivals=layer.warpgroups),
-            plgpu.Barrier(num_arrivals=1),
-            plgpu.SMEM((4 * layer.warpgroups,), jnp.float32),
-            plgpu.ClusterBarrier(collective_axes=("program",)) if interpret else None,
-        ),
+        scratch_types=_memory(layer, dtype, packed.dtype, scales.dtype),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -142,17 +162,17 @@ def _launch(
     )
     shared = counter if interpret else jax.new_ref(counter)
     flat = [array for pair in weights for array in pair]
-    given = attended if merges else (attended,)
     out = call(*given, residual, *norms, number, shared, *flat)
     residual, _, after_down = out[len(products) :][:3]
     result = out[3] if len(products) > 3 else after_down
-    return residual, result, counter if interpret else jax.freeze(shared)
+    caches = tuple(map(jax.freeze, attended.suffix)) if attention else ()
+    return residual, result, counter if interpret else jax.freeze(shared), caches
 
 
-def _ring_memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
-    """What `Refs.weights`, `x`, `left` and `handed` have."""
+def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
+    """What `Refs` has from `weights` to `all_here`, and then the attention's barriers; with an attention, in unions with its memory."""
     plan, left, handed = layer.products[0].plan, None, None
-    config, stages = plan.config, layer.stages
+    config, stages, attention = plan.config, layer.stages, layer.attention
 
     def slots(count: int, copies: int, *data) -> Slots:
         full = plgpu.Barrier(num_arrivals=copies, num_barriers=count)
@@ -168,7 +188,24 @@ def _ring_memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
     if layer.has_halves:
         # Eight columns more than it needs: threads that access it together meet other banks.
         handed = Handed(plgpu.SMEM((ROWS, config.block_m + 8), jnp.float32), plgpu.Barrier(num_arrivals=1))
-    return slots(stages, layer.weight_copies, packed, scales), slots(LAYER_X_STAGES, 1, x), left, handed
+    barriers = None
+    if attention:
+        keys = plgpu.SMEM((stages, BLOCK, attention.depth), x_dtype, transforms=tiled(128, 2))
+        # The interpreter takes two names of a memory for a race even where barriers are between them.
+        union = tuple if layer.interpret else lambda parts: plgpu.RefUnion(*parts)
+        packed, x = union([packed, keys]), union([x, attention_memory(attention, x_dtype)])
+        barriers = (plgpu.Barrier(num_arrivals=layer.warpgroups), plgpu.Barrier(num_arrivals=1))
+    return (
+        slots(stages, layer.weight_copies, packed, scales),
+        slots(LAYER_X_STAGES, 1, x),
+        left,
+        handed,
+        plgpu.Barrier(num_arrivals=layer.warpgroups),
+        plgpu.Barrier(num_arrivals=1),
+        plgpu.SMEM((4 * layer.warpgroups,), jnp.float32),
+        plgpu.ClusterBarrier(collective_axes=("program",)) if layer.interpret else None,
+        barriers,
+    )
 
 
 def _cut(refs: tuple, *sizes: int) -> Iterator[tuple]:
@@ -191,12 +228,13 @@ def decode_layer(
     programs: int,
     eps: float,
     activation: str,
+    scale: float = 0.0,
     interpret: bool = False,
 ):
-    """(residual, partial sums [S, M, N] of the next layer's qkv, counter); without its weights, (residual, normed rows, counter).
+    """(residual, partial sums [S, M, N] of the next layer's qkv, counter, new caches); without its weights, normed rows for the sums.
 
     Args:
-      attended: parts of the attention, float32, with heads of 64, 128 or 256; or its rows [M, H Hd] with permuted columns.
+      attended: what the attention is to be given; or its rows [M, H Hd] with permuted columns, and there are no new caches then.
       residual: [M, D].
       norms: stacks [L, D] of the norm in front of gate_up and of the one that follows the layer.
       number: of the layer, int or int32 [].
@@ -204,6 +242,8 @@ def decode_layer(
       weights: (bytes uint8 [1, N, K], scales bfloat16 [1, K/G, N]) of out, gate_up (`interleave_gate`), down and the next layer's qkv.
       configs: each product's blocks, all with the same tile and stages; gate_up's K is not split.
       programs: multiprocessors of the GPU.
+      eps: of all norms.
+      scale: of the attention's scores.
     """
     m, block_m = residual.shape[0], configs[0].block_m
     number = jnp.asarray(number, jnp.int32).reshape(1)
@@ -211,10 +251,40 @@ def decode_layer(
     def whole_tile(rows):
         return rows if m == block_m else jnp.pad(rows, ((0, block_m - m), (0, 0)))
 
-    if not isinstance(attended, AttentionParts):
-        attended = whole_tile(attended)
+    attention = None
+    if isinstance(attended, NewTokens):
+        caches, attention = (attended.k, attended.v), _attention(attended, programs, scale)
+        attended = _given(attended)
+    else:
+        caches, attended = (), whole_tile(attended)
     how: dict[str, Any] = dict(configs=configs, programs=programs, rows=m, eps=eps, activation=activation)
-    residual, result, counter = _launch(
-        attended, whole_tile(residual), norms, number, counter, weights, interpret=interpret, **how
+    residual, result, counter, written = _launch(
+        attended, whole_tile(residual), norms, number, counter, weights, attention=attention, interpret=interpret, **how
     )
-    return residual[:m], result[..., :m, :], counter
+    written = tuple(new.reshape(cache.shape) for new, cache in zip(written, caches, strict=True))
+    return residual[:m], result[..., :m, :], counter, written
+
+
+def _attention(tokens: NewTokens, programs: int, scale: float) -> Attention:
+    """The shape of a launch's attention."""
+    _, questions, group, kv_heads, slots, depth = tokens.k.shape
+    share = tokens.qkv.shape[-1] // depth // kv_heads - 2
+    generations = tile_of_generations(questions, group, kv_heads, share, programs)
+    prompt_slots = tokens.prompt_k.shape[3]
+    return Attention(questions, group, kv_heads, share, depth, prompt_slots, slots, generations, programs, scale)
+
+
+def _given(tokens: NewTokens) -> Given:
+    """The same arrays, as the kernel reads them."""
+    depth = tokens.k.shape[-1]
+    return Given(
+        tokens.qkv.reshape(tokens.qkv.shape[0], -1, tokens.qkv.shape[-1]),
+        tokens.cos,
+        tokens.sin,
+        (tokens.prompt_k.reshape(-1, depth), tokens.prompt_v.reshape(-1, depth)),
+        tokens.prompt_lengths,
+        (tokens.k.reshape(-1, depth), tokens.v.reshape(-1, depth)),
+        tokens.slot.reshape(1),
+        tokens.norms,
+        tokens.bias,
+    )

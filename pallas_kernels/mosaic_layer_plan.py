@@ -4,16 +4,15 @@
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.int4_matmul_mosaic import Plan
-from pallas_kernels.rows import AttentionParts
+from pallas_kernels.mosaic_layer_attention import Attention, AttentionRefs
+from pallas_kernels.mosaic_ring import Slots
 
 
 class Product(NamedTuple):
@@ -44,6 +43,8 @@ class Layer(NamedTuple):
 
     products: tuple[Product, ...]
     """out, gate_up, down, and qkv of the next layer where there is one."""
+    attention: Attention | None
+    """What comes before out; None: nothing does."""
     programs: int
     rows: int
     eps: float
@@ -111,45 +112,6 @@ class Operands(NamedTuple):
     out: Any
 
 
-Copies: TypeAlias = Callable[..., Iterable[tuple[Any, Any]]]
-"""A slot's arrays -> (source, target) of every copy into them."""
-
-
-class Slots(NamedTuple):
-    """Slots in shared memory that are filled with blocks and multiplied, and their barriers."""
-
-    data: tuple[Any, ...]
-    full: Any
-    empty: Any
-
-    def at(self, block) -> "Slots":
-        """The slot of a block, by its number among all that the program multiplies."""
-        slot = lax.rem(block, self.full.shape[0])
-        return Slots(tuple(ref.at[slot] for ref in self.data), self.full.at[slot], self.empty.at[slot])
-
-    def fill(self, block, copies: Copies) -> None:
-        """Begin to copy what the slot has, once all who multiply have read what it had."""
-        slot = self.at(block)
-
-        @pl.when(block >= self.full.shape[0])
-        def _():
-            plgpu.barrier_wait(slot.empty)
-
-        for source, target in copies(*slot.data):
-            plgpu.copy_gmem_to_smem(source, target, slot.full)
-
-    def drain(self, used) -> None:
-        """Wait until all of the `used` blocks are read: what the interpreter asks of who fills them, and a GPU does not need.
-
-        Nor should it have it: for some shapes ptxas (CUDA 13) adds to `used` what the loop before it counted, and this one never ends.
-        """
-        stages = self.full.shape[0]
-
-        @pl.loop(jnp.maximum(0, used - stages), used)
-        def _(block):
-            plgpu.barrier_wait(self.at(block).empty)
-
-
 class Handed(NamedTuple):
     """Sums in shared memory that one warp group hands to the other, and the barrier that says so."""
 
@@ -160,8 +122,6 @@ class Handed(NamedTuple):
 class Refs(NamedTuple):
     """Arrays in device memory, and what the warp groups of a program share."""
 
-    parts: AttentionParts | None
-    """What is merged to out's rows first; None: nothing is."""
     operands: tuple[Operands, ...]
     residual: Any
     norms: tuple[Any, Any]
@@ -171,7 +131,7 @@ class Refs(NamedTuple):
     residual_out: Any
     rows_out: tuple[Any, Any]
     weights: Slots
-    """Bytes and scales."""
+    """Bytes, scales and, in place of bytes, keys or values where there is an attention."""
     x: Slots
     left: Any
     """Of the interpreter: where a warp group puts its left operand; None on a GPU."""
@@ -185,6 +145,8 @@ class Refs(NamedTuple):
     """A warp's part of a row's sum of squares."""
     all_here: Any
     """Barrier of the interpreter, whose programs are one cluster; None on a GPU, where they meet at the counter."""
+    attention: AttentionRefs | None
+    """None: the launch has none."""
 
 
 class Blocks(NamedTuple):

@@ -14,15 +14,16 @@ from jax import lax
 
 from pallas_kernels.int4_matmul_mosaic import Plan, add_product, dequantized_groups
 from pallas_kernels.mosaic_instructions import ROWS
-from pallas_kernels.mosaic_layer_plan import Blocks, Copies, Layer, Operands, Product, Refs, Unit
+from pallas_kernels.mosaic_layer_attention import attend, copy_keys_and_values
+from pallas_kernels.mosaic_layer_plan import Blocks, Layer, Operands, Product, Refs, Unit
 from pallas_kernels.mosaic_layer_steps import (
     add_norm_row,
-    merge_heads,
     order_copies,
     prefetch,
     store_gated,
     synchronize,
 )
+from pallas_kernels.mosaic_ring import Copies
 
 PRODUCTS = ("out", "gate_up", "down", "qkv")
 MEETINGS = 6
@@ -35,21 +36,24 @@ x, whose copies wait in the same queue."""
 
 
 def copy_weights(layer: Layer, refs: Refs) -> None:
-    """Keep the ring of weights filled, through all products."""
+    """Keep the ring of weights filled, through all products; before them, with keys and values."""
     used = 0
+    if layer.attention:
+        used = copy_keys_and_values(
+            layer.attention, refs.attention, refs.weights, layer.weight_copies, IN_FLIGHT, refs.number[0]
+        )
     for product, operands in zip(layer.products, refs.operands, strict=False):
         for unit in layer.units(product):
 
             @pl.loop(unit.first, unit.first + unit.slots)
             def _(step, product=product, operands=operands, unit=unit, start=used - unit.first):
                 block = start + step
-                pl.when(block >= IN_FLIGHT)(lambda: plgpu.barrier_wait(refs.weights.at(block - IN_FLIGHT).full))
+                pl.when(block >= IN_FLIGHT)(lambda: refs.weights.await_block(block - IN_FLIGHT))
                 refs.weights.fill(block, _weights_of(layer, product.plan, operands, unit, step))
 
             used = used + unit.slots
     if layer.interpret:
-        late = pl.loop(jnp.maximum(0, used - IN_FLIGHT), used)
-        late(lambda block: plgpu.barrier_wait(refs.weights.at(block).full))
+        pl.loop(jnp.maximum(0, used - IN_FLIGHT), used)(refs.weights.await_block)
         refs.weights.drain(used)
 
 
@@ -58,7 +62,7 @@ def _weights_of(layer: Layer, plan: Plan, operands: Operands, unit: Unit, step) 
     parts = layer.weight_copies // 2
     size = plan.config.block_n // parts
 
-    def copies(packed, scales):
+    def copies(packed, scales, *_):
         for part in range(parts):
             tile, block = (unit.tile, 2 * step + part) if unit.half else (unit.tile + part, step)
             rows, columns = pl.ds(tile * ROWS, size), pl.ds(block * plan.block_bytes, plan.block_bytes)
@@ -84,7 +88,7 @@ def copy_x(layer: Layer, refs: Refs) -> None:
         plgpu.barrier_arrive(refs.met)
 
     for name, product, operands in zip(PRODUCTS, layer.products, refs.operands, strict=False):
-        if name != "out" or refs.parts is not None:
+        if name != "out" or layer.attention:
             meet()
             order_copies(layer.interpret)
         block_k = product.plan.config.block_k
@@ -98,13 +102,13 @@ def copy_x(layer: Layer, refs: Refs) -> None:
             used = used + unit.last - unit.first
         if name in ("out", "down"):
             # The counter counts the one before out in any case, so that layers with and without it may follow each other.
-            meet(2 if name == "out" and refs.parts is None else 1)
+            meet(2 if name == "out" and not layer.attention else 1)
     if layer.interpret:
         refs.x.drain(used)
 
 
 def multiply(layer: Layer, refs: Refs) -> None:
-    """Multiply what the rings bring; before that merge, and between out and gate_up and after down norm what is this program's."""
+    """Multiply what the rings bring; before that attend, and between out and gate_up and after down norm what is this program's."""
     used, number = Blocks(0, 0), refs.number[0]
 
     def meet(*needed_then) -> None:
@@ -113,8 +117,10 @@ def multiply(layer: Layer, refs: Refs) -> None:
             prefetch(row, layer.interpret)
         plgpu.barrier_wait(refs.met)
 
-    if refs.parts is not None:
-        merge_heads(*refs.parts, refs.operands[0].x, layer.programs, layer.warpgroups, layer.interpret)
+    if layer.attention:
+        how = dict(threads=128 * layer.warpgroups, layer=number, eps=layer.eps, interpret=layer.interpret)
+        slots = attend(layer.attention, refs.attention, refs.weights, refs.operands[0].x, refs.left, **how)
+        used = Blocks(slots, 0)
         meet()
     for name, product, operands in zip(PRODUCTS, layer.products, refs.operands, strict=False):
         for unit in layer.units(product):
@@ -197,7 +203,7 @@ def _multiply_blocks(refs: Refs, plan: Plan, sums, blocks: list[Blocks], half: b
     rows = pl.ds(own * ROWS, ROWS)
     for block in blocks:
         weights = refs.weights.at(block.weights)
-        packed, scales = weights.data
+        packed, scales, *_ = weights.data
         plgpu.barrier_wait(weights.full)
         apart = scales.shape[0] > 1
         own_scales = scales.at[own, :, pl.ds(0, ROWS)] if apart else scales.at[0, :, rows]

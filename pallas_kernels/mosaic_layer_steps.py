@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.gated_activation import ACTIVATIONS, IS_GELU
-from pallas_kernels.rows import AttentionParts, merge_parts, permute_columns
+from pallas_kernels.rows import permute_columns
 
 
 def synchronize(counter, count, meetings: int) -> None:
@@ -84,75 +84,6 @@ def prefetch(row, interpret: bool) -> None:
         utils.inline_ptx("prefetch.global.L2 [$0];", place, predicate=inside, has_side_effects=True)
 
     ask(row)
-
-
-def merge_heads(stats, values, out, programs: int, warpgroups: int, interpret: bool) -> None:
-    """Merge the parts of every row's heads (`rows.AttentionParts`) into `out` [M, H Hd] with permuted columns; a warp takes a head at a time."""
-    (heads, splits, depth), width = values.shape, out.shape[1]
-    if interpret:
-
-        @pl.when((lax.axis_index("warpgroup") == 0) & (lax.axis_index("program") == 0))
-        def _():
-            rows = merge_parts(AttentionParts(stats[...], values[...])).reshape(-1, width)
-            out[pl.ds(0, rows.shape[0])] = permute_columns(rows).astype(out.dtype)
-
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-    def merge(_, stats, values, out):
-        i32 = ir.IntegerType.get_signless(32)
-        kind, pairs = ir.MemRefType(out.type).element_type, depth // 64  # of a lane
-        thread = utils.thread_idx()
-        lane, warp = (op(thread, utils.c(32, i32)) for op in (arith.remui, arith.divui))
-        program = utils.inline_ptx("mov.u32 $0, %ctaid.x;", result_types=i32)
-        warp = arith.addi(arith.muli(program, utils.c(4 * warpgroups, i32)), warp)
-        for first in range(0, heads, 4 * warpgroups * programs):
-            head = arith.addi(warp, utils.c(first, i32))
-            with utils.when(arith.cmpi(arith.CmpIPredicate.ult, head, utils.c(heads, i32))):
-                slot = arith.muli(head, utils.c(splits, i32))
-                merged = _merged_columns(stats, values, slot, splits, depth, arith.muli(lane, utils.c(2 * pairs, i32)))
-                row_start = arith.muli(head, utils.c(depth, i32))  # heads of a row follow each other, and rows
-                for i in range(pairs):
-                    # Column 16 c + 4 t + 2 h + j goes to 16 c + 8 h + 2 t + j.
-                    pair = arith.addi(arith.muli(lane, utils.c(pairs, i32)), utils.c(i, i32))
-                    c, t, h = (_digit(pair, *of, i32) for of in ((8, 1 << 16, 16), (2, 4, 2), (1, 2, 8)))
-                    column = arith.addi(row_start, arith.addi(c, arith.addi(t, h)))
-                    value = arith.truncf(
-                        ir.VectorType.get((2,), kind), utils.vector_slice(merged, slice(2 * i, 2 * i + 2))
-                    )
-                    llvm.store(value, utils.getelementptr(utils.memref_ptr(out), [column], kind))
-
-    merge(stats, values, out)
-
-
-def _merged_columns(stats, values, slot, splits: int, depth: int, column):
-    """sum_s 2^(max_s - max) values_s / sum_s 2^(max_s - max) sum_s of a head's parts from `slot` on: a lane's float32 columns."""
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    wide, none = ir.VectorType.get((depth // 32,), f32), arith.constant(f32, ir.FloatAttr.get(f32, float("-inf")))
-    zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
-    highest, totals, columns = [], [], []
-    for part in range(splits):
-        place = arith.addi(slot, utils.c(part, i32))
-        both = llvm.load(
-            ir.VectorType.get((2,), f32),
-            utils.getelementptr(utils.memref_ptr(stats), [arith.muli(place, utils.c(2, i32))], f32),
-        )
-        highest.append(vector.extract(both, [], [0]))
-        totals.append(vector.extract(both, [], [1]))
-        offset = arith.addi(arith.muli(place, utils.c(depth, i32)), column)
-        columns.append(llvm.load(wide, utils.getelementptr(utils.memref_ptr(values), [offset], f32)))
-    largest = highest[0]
-    for other in highest[1:]:
-        largest = arith.maximumf(largest, other)
-    total, merged = zero, vector.broadcast(wide, zero)
-    for top, part_total, part in zip(highest, totals, columns, strict=True):
-        seen = arith.cmpf(arith.CmpFPredicate.OGT, top, none)
-        weight = utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", arith.subf(top, largest), result_types=f32)
-        total = arith.addf(total, arith.select(seen, arith.mulf(part_total, weight), zero))
-        part = arith.mulf(part, vector.broadcast(wide, weight))
-        merged = arith.addf(merged, arith.select(seen, part, vector.broadcast(wide, zero)))
-    inverse = arith.divf(arith.constant(f32, ir.FloatAttr.get(f32, 1.0)), total)
-    return arith.mulf(merged, vector.broadcast(wide, inverse))
 
 
 def _digit(value, divisor: int, modulus: int, factor: int, i32):

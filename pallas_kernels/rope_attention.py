@@ -4,7 +4,7 @@ Where a program of the attention owns whole generations (`AttentionConfig.takes_
 program, so they are one kernel: a launch less for each layer, and queries, keys and values that are not read back from memory.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -12,6 +12,22 @@ from jaxtyping import Array, Float, Int, Shaped
 from pallas_kernels import dispatch, rope_cache, tuning
 from pallas_kernels.decode_attention import Scales, check_shapes, decode_attention_rows
 from pallas_kernels.rows import AttentionParts, Rows
+
+
+class NewTokens(NamedTuple):
+    """What an attention of one token begins with: the arguments of `rope_attention` for caches in 16 bits."""
+
+    qkv: Float[Array, "S Q G HKK_Hd"]
+    cos: Float[Array, "Q Hd_2"]
+    sin: Float[Array, "Q Hd_2"]
+    prompt_k: Float[Array, "L Q K P Hd"]
+    prompt_v: Float[Array, "L Q K P Hd"]
+    prompt_lengths: Int[Array, "Q"]
+    k: Float[Array, "L Q G K C Hd"]
+    v: Float[Array, "L Q G K C Hd"]
+    slot: Int[Array, ""]
+    norms: tuple[Float[Array, "L Hd"], Float[Array, "L Hd"]] | None = None
+    bias: Float[Array, "L HKK_Hd"] | None = None
 
 
 def rope_attention(

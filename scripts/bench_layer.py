@@ -1,10 +1,11 @@
-"""Time what a decode step's layer does between two attentions, as one kernel (`pallas_kernels.decode_layer`), and check it.
+"""Time a layer of a decode step in 8 bits as one kernel (`pallas_kernels.decode_layer`), with its attention or what follows that, and check it.
 
-    PYTHONPATH=.:scripts python scripts/bench_layer.py [--shapes llama-3.1-8b] [--rows 64] [--parts 0 3] [--splits 4,1,4,2]
+    PYTHONPATH=.:scripts python scripts/bench_layer.py [--shapes llama-3.1-8b] [--rows 64] [--suffixes 0 256 511] [--splits 4,1,4,2]
 
-Microseconds of a layer are the kernel's own, read by CUPTI over a chain of layers whose weights do not fit the L2 cache. The partial
-sums that each layer leaves must be those of plain products of the same weights within two percent. `--parts`: of the attention, which the
-kernel merges first; 0: its rows are merged. `--splits`: of K, of out, gate_up, down and qkv; default: the kernel's own.
+Microseconds of a layer are those of its kernels, read by CUPTI over a chain of layers whose weights and caches do not fit the L2 cache. 8
+completions a prompt of 256 tokens, with `--suffixes` tokens each: 'one kernel', and an attention of its own in front of the layer's
+('apart', and of these 'attention'). Without `--suffixes`, the layer's kernel of rows that have attended. What each layer leaves must be that of
+plain products of the same weights within two percent. `--splits`: of K, of out, gate_up, down and qkv; default: the kernel's own.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -23,11 +24,12 @@ from bench_kernels import SHAPES
 from jax.experimental.mosaic.gpu import profiler
 from kernel_timing import BANDWIDTH_BYTES_PER_US
 
-from pallas_kernels import AttentionParts, LayerMatrix, Rows, decode_layer, decode_layer_mosaic, tuning
+from pallas_kernels import LayerMatrix, NewTokens, Rows, decode_layer, decode_layer_mosaic, rope_attention, tuning
 from pallas_kernels.rows import permute_columns
 from pallas_kernels.tuning import Int4Config
 
 CHAIN, GROUP, HEAD, EPS = 4, 64, 128, 1e-5
+GENERATIONS, PROMPT, SUFFIX = 8, 256, 512
 
 
 def layer_shapes(name: str) -> list[tuple[int, int]]:
@@ -36,14 +38,10 @@ def layer_shapes(name: str) -> list[tuple[int, int]]:
     return [out, gate_up, down, qkv]
 
 
-def inputs(shapes: list[tuple[int, int]], m: int, parts: int = 0) -> tuple:
-    """Random rows or parts of an attention, residual, norms and, of every layer, matrices whose products have a variance of about 1."""
-    keys = iter(jax.random.split(jax.random.key(0), 6 + 2 * CHAIN * len(shapes)))
-    heads, width = m * shapes[0][1] // HEAD, shapes[0][0]
-    size = (heads, max(1, parts))
-    stats = jnp.stack([jax.random.normal(next(keys), size), jax.random.uniform(next(keys), size) + 1], -1)
-    attended = AttentionParts(stats, jax.random.normal(next(keys), (*size, HEAD)))
-    rows = Rows(jax.random.normal(next(keys), (m, shapes[0][1]), jnp.bfloat16))
+def inputs(shapes: list[tuple[int, int]], m: int) -> tuple:
+    """Random residual, norms and, of every layer, matrices whose products have a variance of about 1."""
+    keys = iter(jax.random.split(jax.random.key(0), 2 + 2 * CHAIN * len(shapes)))
+    width = shapes[0][0]
     residual = jax.random.normal(next(keys), (m, width), jnp.bfloat16)
     norms = (1 + 0.1 * jax.random.normal(next(keys), (2, CHAIN, width))).astype(jnp.bfloat16)
 
@@ -52,65 +50,105 @@ def inputs(shapes: list[tuple[int, int]], m: int, parts: int = 0) -> tuple:
         scales = jax.random.uniform(next(keys), (1, k // GROUP, n), minval=0.5, maxval=1) / (150 * k**0.5)
         return LayerMatrix(packed, scales.astype(jnp.bfloat16))
 
-    matrices = [[matrix(*shape) for shape in shapes] for _ in range(CHAIN)]
-    return attended if parts else rows, residual, (norms[0], norms[1]), matrices
+    return residual, (norms[0], norms[1]), [[matrix(*shape) for shape in shapes] for _ in range(CHAIN)]
 
 
-def chain(configs: tuple[Int4Config, ...], attended: Any, residual: Any, norms: Any, matrices: Any) -> list[tuple]:
-    """(residual, what the next layer's attention gets) of each layer; all attend alike."""
-    left, counter, programs = [], jnp.zeros((1,), jnp.int32), jax.devices()[0].core_count
-    given = permute_columns(attended.plain) if isinstance(attended, Rows) else attended
-    for layer, own in enumerate(matrices):
-        arguments = (given, residual, norms, layer, counter, own)
-        how: dict[str, Any] = dict(configs=configs, programs=programs, eps=EPS, activation="silu")
-        residual, sums, counter = decode_layer_mosaic.decode_layer(*arguments, **how)
-        left.append((residual, sums))
-    return left
+def new_tokens(shapes: list[tuple[int, int]], m: int, parts: int, suffix: int) -> NewTokens:
+    """Of random caches."""
+    keys = iter(jax.random.split(jax.random.key(1), 6))
+    questions, heads = m // GENERATIONS, shapes[0][1] // HEAD
+    kv_heads = (shapes[3][0] // HEAD - heads) // 2
+
+    def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+        return jax.random.normal(next(keys), shape, dtype)
+
+    prompt = [normal(CHAIN, questions, kv_heads, PROMPT, HEAD) for _ in range(2)]
+    caches = [normal(CHAIN, questions, GENERATIONS, kv_heads, SUFFIX, HEAD) for _ in range(2)]
+    angles = jax.random.uniform(next(keys), (questions, HEAD // 2), maxval=6)
+    qkv = normal(parts, questions, GENERATIONS, shapes[3][0], dtype=jnp.float32)
+    lengths, slot = jnp.full((questions,), PROMPT, jnp.int32), jnp.asarray(suffix, jnp.int32)
+    return NewTokens(qkv, jnp.cos(angles), jnp.sin(angles), *prompt, lengths, *caches, slot)
+
+
+def attended_apart(tokens: NewTokens, layer: int, **how: Any) -> tuple[Rows, jax.Array, jax.Array]:
+    """The heads' outputs, and the caches with the new token."""
+    out, k, v, _ = rope_attention(**tokens._asdict(), layer=layer, scale=HEAD**-0.5, dtype=jnp.bfloat16, **how)
+    return out, k, v
+
+
+Chain = Callable[..., list[tuple[jax.Array, jax.Array]]]
+
+
+def chain(configs: tuple[Int4Config, ...], one_kernel: bool) -> Chain:
+    """(residual, partial sums of what follows) of each layer; all attend alike, each with its own caches."""
+    how: dict[str, Any] = dict(
+        configs=configs, programs=jax.devices()[0].core_count, eps=EPS, activation="silu", scale=HEAD**-0.5
+    )
+
+    def layers(attended: Any, residual: Any, norms: Any, matrices: Any) -> list[tuple[jax.Array, jax.Array]]:
+        left, counter = [], jnp.zeros((1,), jnp.int32)
+        for layer, own in enumerate(matrices):
+            given = attended
+            if isinstance(attended, NewTokens) and not one_kernel:
+                rows, k, v = attended_apart(attended, layer, permuted=True)
+                given, attended = rows.permuted, attended._replace(k=k, v=v)
+            residual, sums, counter, caches = decode_layer_mosaic.decode_layer(
+                given, residual, norms, layer, counter, own, **how
+            )
+            if caches:
+                attended = attended._replace(k=caches[0], v=caches[1])
+            left.append((residual, sums))
+        return left
+
+    return layers
 
 
 def largest_error(left: list[tuple], attended: Any, residual: Any, norms: Any, matrices: Any) -> float:
     """Of a layer, against plain products that begin with the residual the kernel's layer began with."""
     plain = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     how: dict[str, Any] = dict(eps=EPS, activation="silu", implementation="reference")
-    reference = jax.jit(
-        lambda residual, own, layer: decode_layer(
-            attended, residual, norms, own, jnp.zeros((1,), jnp.int32), layer=layer, **how
-        )[1],
-        compiler_options=plain if jax.default_backend() == "gpu" else None,
-    )
+
+    def reference(residual: Any, own: Any, layer: int) -> Any:
+        rows = attended
+        if isinstance(attended, NewTokens):
+            rows, _, _ = attended_apart(attended, layer, permuted=False, implementation="reference")
+        return decode_layer(rows, residual, norms, own, jnp.zeros((1,), jnp.int32), layer=layer, **how)[1]
+
+    compiled = jax.jit(reference, static_argnums=2, compiler_options=plain if jax.default_backend() == "gpu" else None)
     errors = []
     for layer, own in enumerate(matrices):
-        want = reference(residual, own, layer).sum(0)
+        want = compiled(residual, own, layer).sum(0)
         residual, sums = left[layer]
         errors.append(float(jnp.linalg.norm(sums.sum(0) - want) / jnp.linalg.norm(want)))
     return max(errors)
 
 
-def measure(
-    shapes: list[tuple[int, int]], m: int, parts: int, configs: tuple[Int4Config, ...]
-) -> Iterator[tuple[str, float]]:
-    """(name, number) of the result."""
-    operands = inputs(shapes, m, parts)
-    compiled = jax.jit(lambda *given: chain(configs, *given)).lower(*operands).compile()
+def measure(layers: Chain, operands: tuple) -> tuple[dict[str, float], float]:
+    """Microseconds of a layer in the layers' kernels ('mosaic') and in others, and the largest error."""
+    compiled = jax.jit(layers).lower(*operands).compile()
     left, timings = profiler.Cupti(finalize=False).measure(compiled, aggregate=False, iterations=5)(*operands)
     error = largest_error(left, *operands)
     if not error < 0.02:
         raise SystemExit(f"bench_layer: the kernel's results differ by {error}")
-    yield "us", round(statistics.median(1e3 * ms for run in timings for name, ms in run if "mosaic" in name), 2)
-    yield "bytes_us", round(sum(n * k * (1 + 2 / GROUP) for n, k in shapes) / BANDWIDTH_BYTES_PER_US, 2)
-    yield "error", round(error, 5)
+
+    def median(chosen: Callable[[str], bool]) -> float:
+        runs = [[1e3 * ms for name, ms in run if chosen(name)] for run in timings]
+        return round(sum(map(statistics.median, zip(*runs, strict=True))) / CHAIN, 2)
+
+    before = ("attention", "rope")
+    of_attention = median(lambda name: any(part in name for part in before))
+    return {"mosaic": median(lambda name: "mosaic" in name), "attention": of_attention}, error
 
 
 def main() -> None:
-    """Print a JSON line a shape."""
+    """Print a JSON line a shape and length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[64])
-    parser.add_argument("--parts", nargs="+", type=int, default=[0])
+    parser.add_argument("--suffixes", nargs="+", type=int, default=[None])
     parser.add_argument("--splits", nargs="+", default=[None], help="e.g. 4,1,4,2")
     options = parser.parse_args()
-    choices = itertools.product(options.shapes, options.rows, options.parts, options.splits)
-    for name, m, parts, splits in choices:
+    for name, m, splits in itertools.product(options.shapes, options.rows, options.splits):
         shapes = layer_shapes(name)
         configs = tuning.decode_layer_configs(m, tuple(shapes), jax.devices()[0].core_count)
         if splits is not None:
@@ -118,8 +156,29 @@ def main() -> None:
             configs = tuple(tuning.layer_config(rows, int(split)) for split in splits.split(","))
         if configs is None:
             raise SystemExit(f"bench_layer: the kernel cannot run {m} rows of {name}")
-        result = dict(measure(shapes, m, parts, configs))
-        print(json.dumps({"shape": name, "m": m, "parts": parts, "splits": splits, **result}), flush=True)
+        given = inputs(shapes, m)
+        weights = round(sum(n * k * (1 + 2 / GROUP) for n, k in shapes) / BANDWIDTH_BYTES_PER_US, 2)
+        for suffix in options.suffixes:
+            result: dict[str, Any] = {"shape": name, "m": m, "splits": splits, "weights_bytes_us": weights}
+            if suffix is None:
+                rows = Rows(jax.random.normal(jax.random.key(2), (m, shapes[0][1]), jnp.bfloat16))
+                own = (rows._replace(permuted=permute_columns(rows.plain)), *given)
+                times, error = measure(lambda rows, *own: chain(configs, True)(rows.permuted, *own), own)
+                result |= {"us": times["mosaic"], "error": round(error, 5)}
+            else:
+                own = (new_tokens(shapes, m, configs[3].split_k, suffix), *given)
+                one, error = measure(chain(configs, True), own)
+                apart, _ = measure(chain(configs, False), own)
+                caches = 2 * 2 * HEAD * own[0].k.shape[3] * (m * suffix + m // GENERATIONS * PROMPT)
+                result |= {
+                    "suffix": suffix,
+                    "cache_bytes_us": round(caches / BANDWIDTH_BYTES_PER_US, 2),
+                    "one_kernel_us": one["mosaic"],
+                    "apart_us": round(apart["mosaic"] + apart["attention"], 2),
+                    "attention_us": apart["attention"],
+                    "error": round(error, 5),
+                }
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
