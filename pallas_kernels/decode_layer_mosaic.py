@@ -105,13 +105,13 @@ def _launch(
         )
         residual, post_norm, following_norm, number, counter, *flat = inputs
         residual_out, after_out, after_down, *heads = stored
-        weights, x, *shared, barriers = memory
+        weights, x, *shared, together = memory
         attended, of_attention = tree.unflatten(given), None
         if attention:
             # Two names of a memory each.
             ((x_rows, own_memory),), ((bytes_, keys), scales) = x.data, weights.data
             x, weights = x._replace(data=(x_rows,)), weights._replace(data=(bytes_, scales, keys))
-            of_attention, (attended,) = AttentionRefs(attended, own_memory, *barriers), heads
+            of_attention, (attended,) = AttentionRefs(attended, own_memory, together), heads
         x_of = (attended, after_out, left[1], after_down)
         operands = [Operands(*of) for of in zip(x_of, flat[::2], flat[1::2], left, strict=False)]
         ours = Refs(
@@ -156,7 +156,7 @@ def _launch(
         thread_name="warpgroup",
         scratch_types=_memory(layer, dtype, packed.dtype, scales.dtype),
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, approx_math=True
         ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
@@ -170,7 +170,7 @@ def _launch(
 
 
 def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
-    """What `Refs` has from `weights` to `all_here`, and then the attention's barriers; with an attention, in unions with its memory."""
+    """What `Refs` has from `weights` to `all_here`, and then the attention's barrier; with an attention, in unions with its memory."""
     plan, left, handed = layer.products[0].plan, None, None
     config, stages, attention = plan.config, layer.stages, layer.attention
 
@@ -188,13 +188,13 @@ def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
     if layer.has_halves:
         # Eight columns more than it needs: threads that access it together meet other banks.
         handed = Handed(plgpu.SMEM((ROWS, config.block_m + 8), jnp.float32), plgpu.Barrier(num_arrivals=1))
-    barriers = None
+    together = None
     if attention:
         keys = plgpu.SMEM((stages, BLOCK, attention.depth), x_dtype, transforms=tiled(128, 2))
         # The interpreter takes two names of a memory for a race even where barriers are between them.
         union = tuple if layer.interpret else lambda parts: plgpu.RefUnion(*parts)
-        packed, x = union([packed, keys]), union([x, attention_memory(attention, x_dtype)])
-        barriers = (plgpu.Barrier(num_arrivals=layer.warpgroups), plgpu.Barrier(num_arrivals=1))
+        packed, x = union([packed, keys]), union([x, attention_memory(attention, layer.warpgroups, x_dtype)])
+        together = plgpu.Barrier(num_arrivals=layer.warpgroups)
     return (
         slots(stages, layer.weight_copies, packed, scales),
         slots(LAYER_X_STAGES, 1, x),
@@ -204,7 +204,7 @@ def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
         plgpu.Barrier(num_arrivals=1),
         plgpu.SMEM((4 * layer.warpgroups,), jnp.float32),
         plgpu.ClusterBarrier(collective_axes=("program",)) if layer.interpret else None,
-        barriers,
+        together,
     )
 
 

@@ -252,17 +252,12 @@ def _add_adapter(plan: Plan, refs: _Refs, sums, rows_n) -> None:
 
 def add_product(memory, sums, left, right) -> None:
     """sums += left @ right^T, begun but not awaited; `left` is in registers, and of the interpreter first put into `memory`."""
-    add_product_of_columns(memory, sums, left, right.T)
-
-
-def add_product_of_columns(memory, sums, left, right) -> None:
-    """The same of left @ right."""
     if memory is not None:
         shared = memory.at[lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
         shared[...] = left
         plgpu.commit_smem()
         left = shared
-    plgpu.wgmma(sums, left, right)
+    plgpu.wgmma(sums, left, right.T)
 
 
 def _ring_memory(plan: Plan, x_dtype, packed_dtype, scales_dtype) -> _Ring:

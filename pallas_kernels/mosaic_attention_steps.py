@@ -3,16 +3,79 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
+import numpy as np
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.mosaic_instructions import tiled
+from pallas_kernels.mosaic_instructions import ROWS, tiled
 from pallas_kernels.rows import permute_columns
+
+AT_A_TIME = 4
+"""Heads whose loads a warp begins before it waits for the first."""
+
+
+class _Numbers:
+    """int32 arithmetic of values and Python numbers."""
+
+    def __init__(self) -> None:
+        self.i32 = ir.IntegerType.get_signless(32)
+
+    def value(self, number):
+        return number if isinstance(number, ir.Value) else utils.c(number, self.i32)
+
+    def add(self, *terms):
+        total = self.value(terms[0])
+        for term in terms[1:]:
+            total = arith.addi(total, self.value(term))
+        return total
+
+    def sub(self, value, other):
+        return arith.subi(self.value(value), self.value(other))
+
+    def mul(self, value, other):
+        return arith.muli(self.value(value), self.value(other))
+
+    def div(self, value, other):
+        return arith.divui(self.value(value), self.value(other))
+
+    def rem(self, value, other):
+        return arith.remui(self.value(value), self.value(other))
+
+    def xor(self, value, other):
+        return arith.xori(self.value(value), self.value(other))
+
+    def below(self, value, limit):
+        return arith.cmpi(arith.CmpIPredicate.ult, self.value(value), self.value(limit))
+
+    def equal(self, value, other):
+        return arith.cmpi(arith.CmpIPredicate.eq, self.value(value), self.value(other))
+
+    def least(self, value, other):
+        return arith.minui(self.value(value), self.value(other))
+
+    def either(self, condition, value, other):
+        return arith.select(condition, self.value(value), self.value(other))
+
+    def swizzled(self, row, column, width: int):
+        """Byte of a 16-bit element of a matrix of rows of `width`, in tiles of 8 rows of 128 bytes whose chunks of 16 are swizzled."""
+        line = self.rem(row, 8)
+        tile = self.add(self.mul(self.div(row, 8), width // 64), self.div(column, 64))
+        inside = self.xor(self.mul(self.rem(column, 64), 2), self.mul(line, 16))
+        return self.add(self.mul(tile, 1024), self.mul(line, 128), inside)
+
+
+def _scalars(given) -> list:
+    return [scalar.registers.item() for scalar in given]
+
+
+def _place(ref, offset, kind):
+    return utils.getelementptr(utils.memref_ptr(ref), [offset], kind)
 
 
 def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpret: bool) -> None:
@@ -27,97 +90,90 @@ def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpr
     half, each, rows = depth // 2, depth // 64, attention.query_rows
     heads, given = kv_heads * share, refs.given
     (parts, _, width), stride = given.qkv.shape, given.qkv.shape[1] * given.qkv.shape[2]
-    splat = plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(
         arg_types=(
             *[plgpu.RefType()] * 6,
             plgpu.RefType(tiled(128, 2)),
             plgpu.RefType(),
-            *[splat] * 5,
+            *[plgpu.Layout.WG_SPLAT] * 5,
         )
     )
     def rotate(_, qkv, cos, sin, bias, q_norm, k_norm, queries, new, *scalars):
-        question, generation, head, members, layer = (scalar.registers.item() for scalar in scalars)
-        i32, f32, bf16 = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.BF16Type.get()
+        question, generation, head, members, layer = _scalars(scalars)
+        of, f32, bf16 = _Numbers(), ir.F32Type.get(), ir.BF16Type.get()
         wide, narrow = ir.VectorType.get((each,), f32), ir.VectorType.get((each,), bf16)
-
-        def number(value):
-            return utils.c(value, i32)
 
         def load(ref, offset):
             kind = ir.MemRefType(ref.type).element_type
-            value = llvm.load(
-                ir.VectorType.get((each,), kind), utils.getelementptr(utils.memref_ptr(ref), [offset], kind)
-            )
+            value = llvm.load(ir.VectorType.get((each,), kind), _place(ref, offset, kind))
             return value if kind == f32 else arith.extf(wide, value)
 
         def rounded(value):
             return arith.extf(wide, arith.truncf(narrow, value))
 
-        def below(value, limit):
-            return arith.cmpi(arith.CmpIPredicate.ult, value, limit if isinstance(limit, ir.Value) else number(limit))
+        lane, warp = of.rem(utils.thread_idx(), 32), of.div(utils.thread_idx(), 32)
+        column = of.mul(lane, each)
+        angle = of.add(of.mul(question, half), column)
+        cosine, sine = (load(table, angle) for table in (cos, sin))
+        scales = None
+        if given.norms is not None:
+            own = of.add(of.mul(layer, depth), column)
+            scales = [[load(norm, of.add(own, start)) for start in (0, half)] for norm in (q_norm, k_norm)]
 
-        thread = utils.thread_idx()
-        lane, warp = arith.remui(thread, number(32)), arith.divui(thread, number(32))
-        column = arith.muli(lane, number(each))
-        angle = arith.addi(arith.muli(question, number(half)), column)
-        cosine, sine = (rounded(load(table, angle)) for table in (cos, sin))
-        for first in range(0, rows + 2 * generations, threads // 32):
-            row = arith.addi(warp, number(first))
-            is_query, turns = below(row, rows), below(row, rows + generations)
-            behind = arith.subi(row, number(rows))
-            is_value = arith.cmpi(arith.CmpIPredicate.uge, row, number(rows + generations))
-            of_new = arith.subi(behind, arith.select(is_value, number(generations), number(0)))
-            member = arith.select(is_query, arith.divui(row, number(share)), of_new)
-            of_query = arith.addi(arith.muli(head, number(share)), arith.remui(row, number(share)))
-            of_new = arith.addi(head, arith.select(is_value, number(heads + kv_heads), number(heads)))
-            projected = arith.muli(arith.select(is_query, of_query, of_new), number(depth))
-            exists = arith.andi(below(row, rows + 2 * generations), below(member, members))
-            with utils.when(exists):
-                offset = arith.addi(
-                    arith.muli(arith.addi(generation, member), number(width)), arith.addi(projected, column)
-                )
-                halves = []
-                for start in (0, half):
-                    at = arith.addi(offset, number(start))
-                    total = load(qkv, at)
-                    for part in range(1, parts):
-                        total = arith.addf(total, load(qkv, arith.addi(at, number(part * stride))))
-                    if given.bias is not None:
-                        own = arith.addi(arith.muli(layer, number(width)), arith.addi(projected, column))
-                        total = arith.addf(total, load(bias, arith.addi(own, number(start))))
-                    halves.append(rounded(total))
-                turned = halves
-                if given.norms is not None:
-                    own = arith.addi(arith.muli(layer, number(depth)), column)
-                    scales = []
-                    for start in (0, half):
-                        at = arith.addi(own, number(start))
-                        scales.append(arith.select(is_query, load(q_norm, at), load(k_norm, at)))
-                    turned = _normed(halves, scales, rounded, depth, eps, f32)
-                one, other = turned
-                rotated = (
-                    arith.subf(arith.mulf(one, cosine), arith.mulf(other, sine)),
-                    arith.addf(arith.mulf(other, cosine), arith.mulf(one, sine)),
-                )
-                both = [arith.truncf(narrow, arith.select(turns, r, h)) for r, h in zip(rotated, halves, strict=True)]
-                with utils.when(is_query):
-                    for start, value in zip((0, half), both, strict=True):
-                        at = _swizzled(row, arith.addi(column, number(start)), depth, i32)
-                        llvm.store(
-                            value, utils.getelementptr(utils.memref_ptr(queries), [at], ir.IntegerType.get_signless(8))
-                        )
-                with utils.when(arith.cmpi(arith.CmpIPredicate.uge, row, number(rows))):
-                    for start, value in zip((0, half), both, strict=True):
-                        at = arith.addi(arith.muli(behind, number(depth)), arith.addi(column, number(start)))
-                        llvm.store(value, utils.getelementptr(utils.memref_ptr(new), [at], bf16))
+        def begin(first):
+            """What is loaded of a warp's next head; of one that does not exist, another's."""
+            row = of.add(warp, first)
+            is_query, is_value = of.below(row, rows), of.below(rows + generations - 1, row)
+            behind = of.sub(row, rows)
+            of_new = of.sub(behind, of.either(is_value, generations, 0))
+            member = of.either(is_query, of.div(row, share), of_new)
+            exists = arith.andi(of.below(row, rows + 2 * generations), of.below(member, members))
+            of_new = of.add(head, of.either(is_value, heads + kv_heads, heads))
+            projected = of.either(is_query, of.add(of.mul(head, share), of.rem(row, share)), of_new)
+            projected = of.add(of.mul(projected, depth), column)
+            generation_ = of.add(generation, of.either(exists, member, 0))
+            offset = of.add(of.mul(generation_, width), of.either(exists, projected, column))
+            halves = []
+            for start in (0, half):
+                pieces = [load(qkv, of.add(offset, part * stride + start)) for part in range(parts)]
+                if given.bias is not None:
+                    own = of.add(of.mul(layer, width), of.either(exists, projected, column))
+                    pieces.append(load(bias, of.add(own, start)))
+                halves.append(pieces)
+            return row, behind, is_query, is_value, exists, halves
+
+        def end(row, behind, is_query, is_value, exists, halves):
+            summed = []
+            for pieces in halves:
+                total = pieces[0]
+                for piece in pieces[1:]:
+                    total = arith.addf(total, piece)
+                summed.append(rounded(total))
+            one, other = summed
+            if scales is not None:
+                chosen = [arith.select(is_query, *of_each) for of_each in zip(*scales, strict=True)]
+                one, other = _normed(summed, chosen, rounded, depth, eps, f32)
+            turned = (
+                arith.subf(arith.mulf(one, rounded(cosine)), arith.mulf(other, rounded(sine))),
+                arith.addf(arith.mulf(other, rounded(cosine)), arith.mulf(one, rounded(sine))),
+            )
+            for start, rotated, plain in zip((0, half), turned, summed, strict=True):
+                value, at = arith.truncf(narrow, arith.select(is_value, plain, rotated)), of.add(column, start)
+                with utils.when(arith.andi(exists, is_query)):
+                    llvm.store(value, _place(queries, of.swizzled(row, at, depth), ir.IntegerType.get_signless(8)))
+                with utils.when(arith.andi(exists, of.below(rows - 1, row))):
+                    llvm.store(value, _place(new, of.add(of.mul(behind, depth), at), bf16))
+
+        turns = list(range(0, rows + 2 * generations, threads // 32))
+        for some in range(0, len(turns), AT_A_TIME):
+            for begun in [begin(first) for first in turns[some : some + AT_A_TIME]]:
+                end(*begun)
 
     scalars = (unit.question, unit.generation, unit.head, unit.members, layer)
     unused = given.cos  # pointers that nothing follows
     bias, norms = unused if given.bias is None else given.bias, given.norms or (unused, unused)
-    arrays = (given.qkv, given.cos, given.sin, bias, *norms)
-    rotate(*arrays, refs.memory.queries, refs.memory.new, *scalars)
+    rotate(given.qkv, given.cos, given.sin, bias, *norms, refs.memory.queries, refs.memory.new, *scalars)
 
 
 def _normed(halves, scales, rounded, depth: int, eps: float, f32):
@@ -140,19 +196,6 @@ def _normed(halves, scales, rounded, depth: int, eps: float, f32):
     ]
 
 
-def _swizzled(row, column, width: int, i32):
-    """Byte of a 16-bit element of a matrix of rows of `width`, in tiles of 8 rows of 128 bytes whose chunks of 16 are swizzled."""
-
-    def mix(op, value, other):
-        return op(value, other if isinstance(other, ir.Value) else utils.c(other, i32))
-
-    tile = mix(arith.addi, mix(arith.muli, mix(arith.divui, row, 8), width // 64), mix(arith.divui, column, 64))
-    line = mix(arith.remui, row, 8)
-    inside = mix(arith.addi, mix(arith.muli, line, 128), mix(arith.muli, mix(arith.remui, column, 64), 2))
-    inside = mix(arith.xori, inside, mix(arith.muli, line, 16))
-    return mix(arith.addi, mix(arith.muli, tile, 1024), inside)
-
-
 def _rotate_in_jnp(attention, refs, unit, layer, eps: float) -> None:
     """The twin."""
     share, depth, kv_heads, dtype = attention.share, attention.depth, attention.kv_heads, refs.memory.queries.dtype
@@ -166,7 +209,7 @@ def _rotate_in_jnp(attention, refs, unit, layer, eps: float) -> None:
     def projected(generation, head, norm, rotates=True):
         columns = pl.ds(head * depth, depth)
         total = jnp.sum(given.qkv[:, generation, columns], axis=0)
-        value = rounded(total + given.bias[layer, columns].astype(jnp.float32) if given.bias is not None else total)
+        value = rounded(total if given.bias is None else total + given.bias[layer, columns].astype(jnp.float32))
         if norm is not None:
             value = rounded(value * lax.rsqrt(jnp.mean(value * value) + eps))
             value = rounded(value * rounded(norm[layer].astype(jnp.float32)))
@@ -190,53 +233,213 @@ def _rotate_in_jnp(attention, refs, unit, layer, eps: float) -> None:
                 refs.memory.new[which, member] = new.astype(dtype)
 
 
-def store_heads(attention, values, unit, out, interpret: bool) -> None:
-    """Store the outputs of a unit's heads, float32 [64, Hd], into `out` [M, H Hd] with permuted columns."""
+def complete(slots, new, used, takes_new, *, zeros: bool, interpret: bool) -> None:
+    """Put the new token's row `new` [Hd] behind the `used` rows of `slots` [64, Hd], where there is one, and zeros behind it if asked for.
+
+    By a warp group; whatever lies in slots out of use may be NaN, and as values, times a weight of 0, would stay that.
+    """
+    count, depth = slots.shape
+    if interpret:
+        row = lax.broadcasted_iota(jnp.int32, slots.shape, 0)
+        behind = jnp.where((row == used) & takes_new, new[...][None], 0 if zeros else slots[...])
+        slots[...] = jnp.where(row < used, slots[...], behind.astype(slots.dtype))
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(128, 2)), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 2))
+    def put(_, slots, new, *scalars):
+        used, takes_new = _scalars(scalars)
+        of, bf16, byte = _Numbers(), ir.BF16Type.get(), ir.IntegerType.get_signless(8)
+        eight, chunks = ir.VectorType.get((8,), bf16), depth // 8
+        zero = arith.constant(eight, ir.DenseElementsAttr.get_splat(eight, ir.FloatAttr.get(bf16, 0.0)))
+        thread, takes_new = of.rem(utils.thread_idx(), 128), of.equal(takes_new, 1)
+        for first in range(0, count * chunks, 128):
+            index = of.add(thread, first)
+            row, chunk = of.div(index, chunks), of.rem(index, chunks)
+            is_new = arith.andi(takes_new, of.equal(row, used))
+            behind = arith.cmpi(arith.CmpIPredicate.uge, row, used) if zeros else is_new
+            with utils.when(behind):
+                value = llvm.load(eight, _place(new, of.mul(chunk, 8), bf16))
+                value = arith.select(is_new, value, zero)
+                llvm.store(value, _place(slots, of.swizzled(row, of.mul(chunk, 8), depth), byte))
+
+    put(slots, new, used, takes_new.astype(jnp.int32))
+
+
+def largest_of_columns(scores, memory, interpret: bool):
+    """The largest of each column of float32 [64, N], by a warp group; `memory` [4, N] is its own, and free at its next barrier."""
+    if interpret:
+        return scores.max(axis=0)
+    return _reduce_columns(scores, memory, arith.maximumf)
+
+
+def sum_of_columns(values, memory, interpret: bool):
+    """The sum of each column, likewise."""
+    if interpret:
+        return values.sum(axis=0)
+    return _reduce_columns(values, memory, arith.addf)
+
+
+def _reduce_columns(values, memory, op):
+    _, columns = values.shape
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((columns,), values.dtype, layout=plgpu.Layout.WGMMA.reduce(0)),
+    )
+    def reduce(_, values, memory):
+        of, f32 = _Numbers(), ir.F32Type.get()
+        pair = ir.VectorType.get((2,), f32)
+        layout = fragmented_array.WGMMA_LAYOUT.reduce((0,))
+        lane, warp = of.rem(utils.thread_idx(), 32), of.rem(of.div(utils.thread_idx(), 32), 4)
+        registers = values.registers.reshape(columns // 8, 2)
+        reduced = []
+        for block in registers:
+            both = op(*block)
+            each = [vector.extract(both, [], [i]) for i in range(2)]
+            for distance in (4, 8, 16):
+                each = [op(value, utils.shfl_bfly(value, distance)) for value in each]
+            reduced.append(vector.from_elements(pair, each))
+        own = of.add(of.mul(warp, columns), of.mul(lane, 2))
+        with utils.when(of.below(lane, 4)):
+            for block, value in enumerate(reduced):
+                llvm.store(value, _place(memory, of.add(own, 8 * block), f32))
+        utils.warpgroup_barrier()
+        wholes = []
+        for block in range(columns // 8):
+            at = of.add(of.mul(of.rem(lane, 4), 2), 8 * block)
+            whole = llvm.load(pair, _place(memory, at, f32))
+            for other in range(1, 4):
+                whole = op(whole, llvm.load(pair, _place(memory, of.add(at, other * columns), f32)))
+            wholes.append(whole)
+        registers = np.array(wholes, dtype=object).reshape(layout.registers_shape((columns,)))
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return reduce(values, memory)
+
+
+def store_weights(weights, out, interpret: bool) -> None:
+    """float32 weights [64, N] of slots, as bfloat16 rows of heads [N, 64] of shared memory."""
+    if interpret:
+        out[...] = weights.T.astype(out.dtype)
+        return
+    columns = weights.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(tiled(128, 2))))
+    def store(_, weights, out):
+        of, bf16, byte = _Numbers(), ir.BF16Type.get(), ir.IntegerType.get_signless(8)
+        thread = of.rem(utils.thread_idx(), 128)
+        slot = of.add(of.mul(of.div(thread, 32), 16), of.div(of.rem(thread, 32), 4))
+        head = of.mul(of.rem(thread, 4), 2)
+        registers = weights.registers.reshape(columns // 8, 2)
+        for block, half, j in np.ndindex(columns // 8, 2, 2):
+            value = arith.truncf(bf16, vector.extract(registers[block, half], [], [j]))
+            at = of.swizzled(of.add(head, 8 * block + j), of.add(slot, 8 * half), ROWS)
+            llvm.store(value, _place(out, at, byte))
+
+    store(weights, out)
+
+
+def leave_softmax(values, highest, total, memory, interpret: bool) -> None:
+    """Leave weighted values [Hd, N] as rows of heads, and stats [N], in a warp group's part of the memory; float32."""
+    depth, columns = values.shape
+    if interpret:
+        memory.values[:, pl.ds(0, depth)] = values.T
+        memory.stats[0], memory.stats[1] = highest, total
+        return
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            *[plgpu.Layout.WGMMA.reduce(0)] * 2,
+            *[plgpu.RefType()] * 2,
+        )
+    )
+    def leave(_, values, highest, total, memory, stats):
+        of, f32 = _Numbers(), ir.F32Type.get()
+        stride = ir.MemRefType(memory.type).shape[1]
+        thread = of.rem(utils.thread_idx(), 128)
+        row = of.add(of.mul(of.div(thread, 32), 16), of.div(of.rem(thread, 32), 4))
+        head = of.mul(of.rem(thread, 4), 2)
+        registers = values.registers.reshape(depth // 64, columns // 8, 2)
+        for tile, block, half, j in np.ndindex(depth // 64, columns // 8, 2, 2):
+            value = vector.extract(registers[tile, block, half], [], [j])
+            at = of.add(of.mul(of.add(head, 8 * block + j), stride), row, 64 * tile + 8 * half)
+            llvm.store(value, _place(memory, at, f32))
+        with utils.when(of.below(thread, 4)):
+            for index, vector_ in enumerate((highest, total)):
+                for block, value in enumerate(vector_.registers.reshape(columns // 8)):
+                    llvm.store(value, _place(stats, of.add(head, columns * index + 8 * block), f32))
+
+    leave(values, highest, total, memory.values, memory.stats)
+
+
+def store_heads(attention, memory, unit, out, threads: int, interpret: bool) -> None:
+    """Merge the softmaxes that the warp groups left, and store a unit's heads into `out` [M, H Hd] with permuted columns."""
     depth, share = attention.depth, attention.share
     if interpret:
-        for member in range(attention.generations):
-
-            @pl.when(member < unit.members)
-            def _(member=member):
-                own = values[member * share : (member + 1) * share]
-                columns = pl.ds(unit.head * share * depth, share * depth)
-                out[unit.generation + member, columns] = permute_columns(own).reshape(-1).astype(out.dtype)
-
+        pl.when(lax.axis_index("warpgroup") == 0)(lambda: _store_in_jnp(attention, memory, unit, out))
         return
-    width = out.shape[1]
+    width, rows, each = out.shape[1], attention.query_rows, depth // 32
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 3))
-    def store(_, values, out, *scalars):
-        generation, head, members = (scalar.registers.item() for scalar in scalars)
-        i32, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
-        pair = ir.VectorType.get((2,), bf16)
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[plgpu.Layout.WG_SPLAT] * 3))
+    def store(_, values, stats, out, *scalars):
+        generation, head, members = _scalars(scalars)
+        of, f32, bf16 = _Numbers(), ir.F32Type.get(), ir.BF16Type.get()
+        wide, pair = ir.VectorType.get((each,), f32), ir.VectorType.get((2,), bf16)
+        groups, count, stride = ir.MemRefType(values.type).shape
 
-        def mix(op, value, other):
-            return op(value, other if isinstance(other, ir.Value) else utils.c(other, i32))
+        def power(value):
+            return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", value, result_types=f32)
 
-        thread = mix(arith.remui, utils.thread_idx(), 128)
-        # Thread 32 w + 4 r + t has columns 8 i + 2 t and the next, of rows 16 w + r and 8 further.
-        quad = mix(arith.remui, thread, 4)
-        first = mix(
-            arith.addi,
-            mix(arith.muli, mix(arith.divui, thread, 32), 16),
-            mix(arith.divui, mix(arith.remui, thread, 32), 4),
-        )
-        # Column 4 t' + 2 h + j of 16 goes to 8 h + 2 t' + j.
-        column = mix(
-            arith.addi, mix(arith.muli, mix(arith.remui, quad, 2), 8), mix(arith.muli, mix(arith.divui, quad, 2), 2)
-        )
-        registers = values.registers.reshape(depth // 8, 2)
-        for half in range(2):
-            row = mix(arith.addi, first, 8 * half)
-            member = mix(arith.divui, row, share)
-            with utils.when(arith.cmpi(arith.CmpIPredicate.ult, member, members)):
-                of_row = mix(arith.muli, mix(arith.addi, generation, member), width)
-                of_head = mix(arith.addi, mix(arith.muli, head, share), mix(arith.remui, row, share))
-                offset = mix(arith.addi, mix(arith.addi, of_row, mix(arith.muli, of_head, depth)), column)
-                for block in range(depth // 8):
-                    value = arith.truncf(pair, registers[block, half])
-                    at = mix(arith.addi, offset, 16 * (block // 2) + 4 * (block % 2))
-                    llvm.store(value, utils.getelementptr(utils.memref_ptr(out), [at], bf16))
+        lane, warp = of.rem(utils.thread_idx(), 32), of.div(utils.thread_idx(), 32)
+        column = of.mul(lane, each)
+        for first in range(0, rows, threads // 32):
+            row = of.add(warp, first)
+            member = of.div(row, share)
+            with utils.when(arith.andi(of.below(row, rows), of.below(member, members))):
+                highest, total, given = [], [], []
+                for group in range(groups):
+                    of_stats = of.add(row, 2 * count * group)
+                    highest.append(llvm.load(f32, _place(stats, of_stats, f32)))
+                    total.append(llvm.load(f32, _place(stats, of.add(of_stats, count), f32)))
+                    at = of.add(of.mul(of.add(row, count * group), stride), column)
+                    given.append(llvm.load(wide, _place(values, at, f32)))
+                top = arith.maximumf(*highest)
+                factors = [power(arith.subf(one, top)) for one in highest]
+                whole = arith.addf(*[arith.mulf(one, factor) for one, factor in zip(total, factors, strict=True)])
+                inverse = arith.divf(arith.constant(f32, ir.FloatAttr.get(f32, 1.0)), whole)
+                pieces = [
+                    arith.mulf(one, vector.broadcast(wide, arith.mulf(factor, inverse)))
+                    for one, factor in zip(given, factors, strict=True)
+                ]
+                merged = arith.addf(*pieces)
+                of_row = of.mul(of.add(generation, member), width)
+                of_head = of.mul(of.add(of.mul(head, share), of.rem(row, share)), depth)
+                for i in range(each // 2):
+                    # Column 16 c + 4 t + 2 h + j goes to 16 c + 8 h + 2 t + j.
+                    first_of_pair = of.add(column, 2 * i)
+                    inside = of.rem(first_of_pair, 16)
+                    place = of.add(
+                        of.sub(first_of_pair, inside),
+                        of.mul(of.rem(of.div(inside, 2), 2), 8),
+                        of.mul(of.div(inside, 4), 2),
+                    )
+                    value = arith.truncf(pair, utils.vector_slice(merged, slice(2 * i, 2 * i + 2)))
+                    llvm.store(value, _place(out, of.add(of_row, of_head, place), bf16))
 
-    store(values, out, unit.generation, unit.head, unit.members)
+    store(memory.values, memory.stats, out, unit.generation, unit.head, unit.members)
+
+
+def _store_in_jnp(attention, memory, unit, out) -> None:
+    """The twin."""
+    depth, share = attention.depth, attention.share
+    highest, total, values = memory.stats[:, 0], memory.stats[:, 1], memory.values[...][:, :, :depth]
+    factors = jnp.exp2(highest - highest.max(axis=0))
+    whole = jnp.sum(values * factors[:, :, None], axis=0) / jnp.sum(total * factors, axis=0)[:, None]
+    for member in range(attention.generations):
+
+        @pl.when(member < unit.members)
+        def _(member=member):
+            own = permute_columns(whole[member * share : (member + 1) * share]).reshape(-1)
+            columns = pl.ds(unit.head * share * depth, share * depth)
+            out[unit.generation + member, columns] = own.astype(out.dtype)

@@ -7,8 +7,8 @@ their lists, so that reads of both kinds mix.
 
 Keys and values come through the ring that brings the weights, in front of these, and need nothing that this step makes: they are on their
 way while the new token's heads are still summed, normed and rotated. New keys and values go to the cache, and into the last block of
-a suffix in shared memory. The warp groups that multiply take blocks in turn, each with a softmax of its own (float32, base 2), and one
-hands its softmax to the other at the end. The heads of a tile are the first rows of the tensor core's left operand, which has at least 64.
+a suffix in shared memory. The warp groups that multiply take blocks in turn, each with a softmax of its own (float32, base 2), and merge
+them at the end. Slots are the rows of the tensor core's left operand, which has no fewer than 64, and query heads the columns of the right one.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -23,13 +23,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.int4_matmul_mosaic import add_product_of_columns
-from pallas_kernels.mosaic_attention_steps import rotate_heads, store_heads
+from pallas_kernels.mosaic_attention_steps import (
+    complete,
+    largest_of_columns,
+    leave_softmax,
+    rotate_heads,
+    store_heads,
+    store_weights,
+    sum_of_columns,
+)
 from pallas_kernels.mosaic_instructions import ROWS, tiled
 from pallas_kernels.mosaic_ring import Slots
 
 BLOCK = 64
 """Slots of keys, or of values, that a slot of the ring brings."""
+MOST_QUERIES = 32
+"""Query heads of a tile."""
 IN_FLIGHT = 6
 """Slots of keys and values that are on their way at the same time."""
 LOWEST = -1e30
@@ -63,13 +72,23 @@ class Attention(NamedTuple):
 
     @property
     def query_rows(self) -> int:
-        """Of a tile."""
+        """Query heads of a tile."""
         return self.generations * self.share
+
+    @property
+    def columns(self) -> int:
+        """Of the tensor core's right operand, which has them by eights."""
+        return 8 * math.ceil(self.query_rows / 8)
+
+    @property
+    def turns(self) -> int:
+        """Units that a program takes at most."""
+        return math.ceil(self.questions * self.kv_heads * self.tiles / self.programs)
 
     def units(self, refs: "AttentionRefs", layer) -> "Iterator[Unit]":
         """What this program takes, in turns; the last one has no blocks where nothing is left. Programs of a question are side by side."""
         slot, count = refs.given.slot[0], self.questions * self.kv_heads * self.tiles
-        for turn in range(math.ceil(count / self.programs)):
+        for turn in range(self.turns):
             unit = lax.axis_index("program") + turn * self.programs
             exists = unit < count
             unit = lax.min(unit, count - 1)
@@ -157,20 +176,31 @@ class AttentionMemory(NamedTuple):
     queries: Any
     new: Any
     """Keys, then values, of each generation."""
+    weights: Any
+    """Of a warp group's block, as rows of heads."""
+    reduced: Any
+    """A warp's part of a reduction."""
     values: Any
-    """Weighted, of the softmax that is handed over."""
+    """Weighted, of a warp group's softmax."""
     stats: Any
-    """Its largest score and its sum."""
+    """Its largest scores and its sums."""
+
+    def of(self, warpgroup) -> "AttentionMemory":
+        """What is a warp group's own, and what all share."""
+        own = (ref.at[warpgroup] for ref in self[2:])
+        return AttentionMemory(self.queries, self.new, *own)
 
 
-def attention_memory(attention: Attention, dtype) -> AttentionMemory:
-    """The scratch types; eight columns of values more than needed: threads that access them together meet other banks."""
-    depth = attention.depth
+def attention_memory(attention: Attention, warpgroups: int, dtype) -> AttentionMemory:
+    """The scratch types; four columns of values more than needed: threads that store them together meet other banks."""
+    depth, columns = attention.depth, attention.columns
     return AttentionMemory(
-        plgpu.SMEM((ROWS, depth), dtype, transforms=tiled(128, 2)),
+        plgpu.SMEM((columns, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((2, attention.generations, depth), dtype),
-        plgpu.SMEM((ROWS, depth + 8), jnp.float32),
-        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((warpgroups, columns, BLOCK), dtype, transforms=tiled(128, 2)),
+        plgpu.SMEM((warpgroups, 4, columns), jnp.float32),
+        plgpu.SMEM((warpgroups, columns, depth + 4), jnp.float32),
+        plgpu.SMEM((warpgroups, 2, columns), jnp.float32),
     )
 
 
@@ -197,9 +227,7 @@ class AttentionRefs(NamedTuple):
     given: Given
     memory: AttentionMemory
     together: Any
-    """Barrier: both warp groups are here."""
-    handed: Any
-    """Barrier: a softmax is in memory."""
+    """Barrier: all warp groups that multiply are here."""
 
 
 def copy_keys_and_values(
@@ -233,20 +261,27 @@ def copy_keys_and_values(
     return used
 
 
-def attend(attention: Attention, refs: AttentionRefs, ring: Slots, out, left, threads: int, layer, eps: float, interpret: bool):
+def attend(
+    attention: Attention, refs: AttentionRefs, ring: Slots, out, *, threads: int, layer, eps: float, interpret: bool
+):
     """Leave the heads' outputs in `out` [M, H Hd], with permuted columns, and new keys and values in the cache: how many slots were used."""
-    used = 0
-    for turn, unit in enumerate(attention.units(refs, layer)):
+    used, own = 0, refs.memory.of(lax.axis_index("warpgroup"))
+    for unit in attention.units(refs, layer):
 
         @pl.when(unit.blocks > 0)
-        def _(unit=unit, used=used, turn=turn):
-            if turn:  # the other one has read the memory that follows
-                _meet(refs)
+        def _(unit=unit, used=used):
             rotate_heads(attention, refs, unit, layer, eps, threads, interpret)
             plgpu.commit_smem()
             _meet(refs)
-            softmax = _softmax(attention, refs, ring, unit, left, used)
-            _hand_over(attention, refs, softmax, unit, out, interpret)
+            softmax = _softmax(attention, own, ring, unit, used, interpret)
+            plgpu.wgmma_wait(0)
+            total = sum_of_columns(softmax.total, own.reduced, interpret)
+            leave_softmax(softmax.values, softmax.highest, total, own, interpret)
+            _meet(refs)
+            store_heads(attention, refs.memory, unit, out, threads, interpret)
+            pl.when(lax.axis_index("warpgroup") == 1)(lambda: _store_new(attention, refs, unit))
+            if attention.turns > 1:  # the others have read the memory that follows
+                _meet(refs)
 
         used = used + 2 * unit.blocks
     return used
@@ -258,16 +293,19 @@ def _meet(refs: AttentionRefs) -> None:
 
 
 class Softmax(NamedTuple):
-    """Of the rows of a tile of queries, in base 2."""
+    """Of the columns of a tile's query heads, in base 2."""
 
     highest: Any
+    """[N]"""
     total: Any
+    """[64, N]: of every 64th slot."""
     values: Any
+    """[Hd, N], weighted."""
 
 
-def _softmax(attention: Attention, refs: AttentionRefs, ring: Slots, unit: Unit, left, used) -> Softmax:
+def _softmax(attention: Attention, memory: AttentionMemory, ring: Slots, unit: Unit, used, interpret: bool) -> Softmax:
     """Of every other block of the list; the other warp group's are given back when they have come."""
-    own = lax.axis_index("warpgroup")
+    own, columns = lax.axis_index("warpgroup"), attention.columns
 
     def give_back(index) -> None:
         for which in range(2):
@@ -277,15 +315,18 @@ def _softmax(attention: Attention, refs: AttentionRefs, ring: Slots, unit: Unit,
 
     def step(turn, softmax: Softmax) -> Softmax:
         pl.when(own == 1)(lambda: give_back(2 * turn))
-        softmax = _add_block(attention, refs, ring, unit, left, used, 2 * turn + own, softmax)
+        slots = [ring.at(used + 2 * (2 * turn + own) + which) for which in range(2)]
+        softmax = _add_block(attention, memory, *slots, unit.block(2 * turn + own), softmax, interpret)
         pl.when((own == 0) & (2 * turn + 1 < unit.blocks))(lambda: give_back(2 * turn + 1))
         return softmax
 
-    rows, values = (ROWS,), (ROWS, attention.depth)
+    def filled(value, shape, layout):
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
     softmax = Softmax(
-        plgpu.layout_cast(jnp.full(rows, LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
-        plgpu.layout_cast(jnp.full(rows, 0, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
-        plgpu.layout_cast(jnp.full(values, 0, jnp.float32), plgpu.Layout.WGMMA),
+        filled(LOWEST, (columns,), plgpu.Layout.WGMMA.reduce(0)),
+        filled(0, (BLOCK, columns), plgpu.Layout.WGMMA),
+        filled(0, (attention.depth, columns), plgpu.Layout.WGMMA),
     )
     softmax = lax.fori_loop(0, lax.div(unit.blocks + 1 - own, 2), step, softmax)
     pl.when((own == 1) & (lax.rem(unit.blocks, 2) == 1))(lambda: give_back(unit.blocks - 1))
@@ -293,101 +334,64 @@ def _softmax(attention: Attention, refs: AttentionRefs, ring: Slots, unit: Unit,
 
 
 def _add_block(
-    attention: Attention, refs: AttentionRefs, ring: Slots, unit: Unit, left, used, index, softmax: Softmax
+    attention: Attention,
+    memory: AttentionMemory,
+    keys: Slots,
+    values: Slots,
+    block: Block,
+    softmax: Softmax,
+    interpret: bool,
 ) -> Softmax:
     """The softmax with one block more."""
-    block = unit.block(index)
-    keys, values = (ring.at(used + 2 * index + which) for which in range(2))
-    plgpu.barrier_wait(keys.full)
-    _complete(refs, block, 0, keys.data[-1])
-    scores = _product(lambda sums: plgpu.wgmma(sums, refs.memory.queries, keys.data[-1].T), BLOCK)
+    _await(memory, keys, block, 0, interpret)
+    scores = _product(keys.data[-1], memory.queries.T)
     plgpu.barrier_arrive(keys.empty)
 
-    # Slots in use, the new one among them; and of a suffix, the rows of its generation.
+    # Slots in use, the new one among them; and of a suffix, the columns of its generation.
     visible = block.used + block.takes_new.astype(jnp.int32)
-    column = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=plgpu.Layout.WGMMA)
-    scores = jnp.where(column < visible, scores, -jnp.inf)
-    member = lax.div(_iota(1), attention.share)
+    slot = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+    scores = jnp.where(slot < visible, scores * (attention.scale * math.log2(math.e)), -jnp.inf)
+    column = plgpu.broadcasted_iota(jnp.int32, scores.shape[1:], 0, layout=plgpu.Layout.WGMMA.reduce(0))
+    member = lax.div(column, attention.share)
     seen = (member >= block.member) & (member <= jnp.where(block.of_prompt, ROWS, block.member))
-    scale = attention.scale * math.log2(math.e)
-    highest = jnp.maximum(softmax.highest, jnp.where(seen, scores.max(axis=1) * scale, LOWEST))
+    largest = largest_of_columns(scores, memory.reduced, interpret)
+    highest = jnp.maximum(softmax.highest, jnp.where(seen, largest, LOWEST))
     base = jnp.where(seen, highest, HIGHEST)
-    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(base, scores.shape, [0]))
-    correction = jnp.exp2(softmax.highest - highest)
-    total = softmax.total * correction + weights.sum(axis=1)
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(base, scores.shape, [1]))
+    store_weights(weights, memory.weights, interpret)
+    plgpu.commit_smem()
 
-    plgpu.barrier_wait(values.full)
-    _complete(refs, block, 1, values.data[-1])
-    weights = weights.astype(values.data[-1].dtype)
-    weighted = _product(lambda sums: add_product_of_columns(left, sums, weights, values.data[-1]), attention.depth)
+    _await(memory, values, block, 1, interpret)
+    weighted = _product(values.data[-1].T, memory.weights.T)
     plgpu.barrier_arrive(values.empty)
-    before = softmax.values * lax.broadcast_in_dim(correction, softmax.values.shape, [0])
-    return Softmax(highest, total, before + weighted)
+    correction = jnp.exp2(softmax.highest - highest)
+
+    def corrected(before):
+        return before * lax.broadcast_in_dim(correction, before.shape, [1])
+
+    return Softmax(highest, corrected(softmax.total) + weights, corrected(softmax.values) + weighted)
 
 
-def _iota(reduced: int):
-    """Of rows (1) or of columns (0) of what the tensor core reads and leaves: int32 [64]."""
-    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(reduced))
-
-
-def _product(multiply, columns: int):
-    """What `multiply` adds to sums [64, columns] that are 0."""
-
-    def whole(sums):
-        multiply(sums)
-        plgpu.wgmma_wait(0)
-        return sums[...]
-
-    return pl.run_scoped(whole, plgpu.ACC((ROWS, columns), jnp.float32))
-
-
-def _complete(refs: AttentionRefs, block: Block, which: int, slots) -> None:
-    """Put the new token's keys (0) or values (1) behind the slots in use, and zeros behind these: whatever lies there may be NaN."""
+def _await(memory: AttentionMemory, slots: Slots, block: Block, which: int, interpret: bool) -> None:
+    """Wait for a block's keys (0) or values (1), and put the new token's where they belong."""
+    plgpu.barrier_wait(slots.full)
 
     @pl.when(block.used < BLOCK)
     def _():
-        row, given = _iota(1), plgpu.load(slots, layout=plgpu.Layout.WGMMA)
-        place = refs.memory.new.at[which, lax.max(block.member, 0)]
-        new = plgpu.load(place, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-
-        def rows(vector):
-            return lax.broadcast_in_dim(vector, given.shape, [0])
-
-        is_new = rows(row == jnp.where(block.takes_new, block.used, -1))
-        behind = jnp.where(is_new, lax.broadcast_in_dim(new, given.shape, [1]), jnp.zeros_like(given))
-        slots[...] = jnp.where(rows(row < block.used), given, behind)
+        new = memory.new.at[which, lax.max(block.member, 0)]
+        complete(slots.data[-1], new, block.used, block.takes_new, zeros=which == 1, interpret=interpret)
         plgpu.commit_smem()
 
 
-def _hand_over(attention: Attention, refs: AttentionRefs, softmax: Softmax, unit: Unit, out, interpret: bool) -> None:
-    """The last warp group hands its softmax to the first one, which stores the outputs of both."""
-    own, memory = lax.axis_index("warpgroup"), refs.memory
-    values = memory.values.at[:, pl.ds(0, attention.depth)]
+def _product(left, right):
+    """left @ right, float32, of shared memory."""
 
-    @pl.when(own == 1)
-    def _():
-        values[...] = softmax.values
-        for index, vector in enumerate(softmax[:2]):
-            memory.stats.at[index][...] = vector
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(refs.handed)
-        _store_new(attention, refs, unit)
+    def whole(sums):
+        plgpu.wgmma(sums, left, right)
+        plgpu.wgmma_wait(0)
+        return sums[...]
 
-    @pl.when(own == 0)
-    def _():
-        plgpu.barrier_wait(refs.handed)
-        highest, total = (
-            plgpu.load(memory.stats.at[i], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) for i in range(2)
-        )
-        top = jnp.maximum(softmax.highest, highest)
-        factors = [jnp.exp2(each - top) for each in (softmax.highest, highest)]
-        inverse = 1 / (softmax.total * factors[0] + total * factors[1])
-        both = (softmax.values, plgpu.load(values, layout=plgpu.Layout.WGMMA, optimized=False))
-        of_each = [
-            lax.broadcast_in_dim(factor * inverse, value.shape, [0]) * value
-            for factor, value in zip(factors, both, strict=True)
-        ]
-        store_heads(attention, of_each[0] + of_each[1], unit, out, interpret)
+    return pl.run_scoped(whole, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
 
 def _store_new(attention: Attention, refs: AttentionRefs, unit: Unit) -> None:
@@ -405,7 +409,7 @@ def _store_new(attention: Attention, refs: AttentionRefs, unit: Unit) -> None:
 
 def tile_of_generations(questions: int, group: int, kv_heads: int, share: int, programs: int) -> int:
     """As few generations as leave no more tiles than programs, but no more than a tile has rows for."""
-    most = max(1, min(group, ROWS // share))
+    most = max(1, min(group, MOST_QUERIES // share))
     fitting = (n for n in range(1, most) if questions * kv_heads * math.ceil(group / n) <= programs)
     return next(fitting, most)
 

@@ -119,7 +119,7 @@ def multiply(layer: Layer, refs: Refs) -> None:
 
     if layer.attention:
         how = dict(threads=128 * layer.warpgroups, layer=number, eps=layer.eps, interpret=layer.interpret)
-        slots = attend(layer.attention, refs.attention, refs.weights, refs.operands[0].x, refs.left, **how)
+        slots = attend(layer.attention, refs.attention, refs.weights, refs.operands[0].x, **how)
         used = Blocks(slots, 0)
         meet()
     for name, product, operands in zip(PRODUCTS, layer.products, refs.operands, strict=False):
