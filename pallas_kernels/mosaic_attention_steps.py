@@ -265,56 +265,60 @@ def complete(slots, new, used, takes_new, *, zeros: bool, interpret: bool) -> No
     put(slots, new, used, takes_new.astype(jnp.int32))
 
 
-def largest_of_columns(scores, memory, interpret: bool):
-    """The largest of each column of float32 [64, N], by a warp group; `memory` [4, N] is its own, and free at its next barrier."""
+def largest_of_columns(blocks: list, memory, interpret: bool) -> list:
+    """The largest of each column of some float32 [64, N], by a warp group; `memory` [blocks or more, 4, N] is its own, and free at its next barrier."""
     if interpret:
-        return scores.max(axis=0)
-    return _reduce_columns(scores, memory, arith.maximumf)
+        return [scores.max(axis=0) for scores in blocks]
+    return _reduce_columns(blocks, memory, arith.maximumf)
 
 
-def sum_of_columns(values, memory, interpret: bool):
+def sum_of_columns(blocks: list, memory, interpret: bool) -> list:
     """The sum of each column, likewise."""
     if interpret:
-        return values.sum(axis=0)
-    return _reduce_columns(values, memory, arith.addf)
+        return [values.sum(axis=0) for values in blocks]
+    return _reduce_columns(blocks, memory, arith.addf)
 
 
-def _reduce_columns(values, memory, op):
-    _, columns = values.shape
+def _reduce_columns(blocks: list, memory, op) -> list:
+    columns = blocks[0].shape[1]
+    result = plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((columns,), values.dtype, layout=plgpu.Layout.WGMMA.reduce(0)),
+        arg_types=(*[plgpu.Layout.WGMMA] * len(blocks), plgpu.RefType()), return_type=[result] * len(blocks)
     )
-    def reduce(_, values, memory):
+    def reduce(_, *given):
+        *blocks, memory = given
         of, f32 = _Numbers(), ir.F32Type.get()
-        pair = ir.VectorType.get((2,), f32)
-        layout = fragmented_array.WGMMA_LAYOUT.reduce((0,))
+        pair, layout = ir.VectorType.get((2,), f32), fragmented_array.WGMMA_LAYOUT.reduce((0,))
         lane, warp = of.rem(utils.thread_idx(), 32), of.rem(of.div(utils.thread_idx(), 32), 4)
-        registers = values.registers.reshape(columns // 8, 2)
-        reduced = []
-        for block in registers:
-            both = op(*block)
-            each = [vector.extract(both, [], [i]) for i in range(2)]
-            for distance in (4, 8, 16):
-                each = [op(value, utils.shfl_bfly(value, distance)) for value in each]
-            reduced.append(vector.from_elements(pair, each))
         own = of.add(of.mul(warp, columns), of.mul(lane, 2))
+        # Of each thread's two columns of eight, the largest or the sum of all rows of its warp.
+        pairs = [op(*rows) for block in blocks for rows in block.registers.reshape(columns // 8, 2)]
+        each = [vector.extract(both, [], [i]) for both in pairs for i in range(2)]
+        for distance in (4, 8, 16):
+            others = [utils.shfl_bfly(value, distance) for value in each]
+            each = [op(value, other) for value, other in zip(each, others, strict=True)]
         with utils.when(of.below(lane, 4)):
-            for block, value in enumerate(reduced):
-                llvm.store(value, _place(memory, of.add(own, 8 * block), f32))
+            for index in range(len(pairs)):
+                block, eight = divmod(index, columns // 8)
+                at = of.add(own, 4 * columns * block + 8 * eight)
+                llvm.store(vector.from_elements(pair, each[2 * index : 2 * index + 2]), _place(memory, at, f32))
         utils.warpgroup_barrier()
         wholes = []
-        for block in range(columns // 8):
-            at = of.add(of.mul(of.rem(lane, 4), 2), 8 * block)
+        for index in range(len(pairs)):
+            block, eight = divmod(index, columns // 8)
+            at = of.add(of.mul(of.rem(lane, 4), 2), 4 * columns * block + 8 * eight)
             whole = llvm.load(pair, _place(memory, at, f32))
             for other in range(1, 4):
                 whole = op(whole, llvm.load(pair, _place(memory, of.add(at, other * columns), f32)))
             wholes.append(whole)
-        registers = np.array(wholes, dtype=object).reshape(layout.registers_shape((columns,)))
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        registers = np.array(wholes, dtype=object).reshape(len(blocks), *layout.registers_shape((columns,)))
+        return [
+            fragmented_array.FragmentedArray(_registers=of_block, _layout=layout, _is_signed=None)
+            for of_block in registers
+        ]
 
-    return reduce(values, memory)
+    return reduce(*blocks, memory)
 
 
 def store_weights(weights, out, interpret: bool) -> None:

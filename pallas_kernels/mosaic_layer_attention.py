@@ -41,6 +41,8 @@ MOST_QUERIES = 32
 """Query heads of a tile."""
 IN_FLIGHT = 6
 """Slots of keys and values that are on their way at the same time."""
+AT_ONCE = 2
+"""Blocks that a warp group multiplies between two exchanges of its warps."""
 LOWEST = -1e30
 """Start of the running maximum: below every score, and finite, so that rows that have seen nothing yet make no NaN."""
 HIGHEST = 1e30
@@ -108,6 +110,7 @@ class Attention(NamedTuple):
                 generation,
                 head,
                 members,
+                self.generations,
                 jnp.where(exists, blocks, 0),
                 prompt_blocks,
                 suffix_blocks,
@@ -145,7 +148,8 @@ class Unit(NamedTuple):
     """The first one, counted over all questions."""
     head: Any
     members: Any
-    """Generations."""
+    """Generations, of which a whole tile has `generations`."""
+    generations: int
     blocks: Any
     prompt_blocks: Any
     suffix_blocks: Any
@@ -163,7 +167,9 @@ class Unit(NamedTuple):
         place = self.start + index
         place = jnp.where(place >= self.blocks, place - self.blocks, place)
         of_prompt, behind = place < self.prompt_blocks, place - self.prompt_blocks
-        of_suffix = lax.div(behind, self.suffix_blocks)
+        # Compared with each generation's end: a division would be waited for longer.
+        ends = (behind >= end * self.suffix_blocks for end in range(1, self.generations))
+        of_suffix = sum((passed.astype(jnp.int32) for passed in ends), jnp.int32(0))
         member = jnp.where(of_prompt, -1, of_suffix)
         first = BLOCK * jnp.where(of_prompt, place, behind - of_suffix * self.suffix_blocks)
         row = first + jnp.where(of_prompt, self.prompt_row, self.suffix_row + of_suffix * self.suffix_stride)
@@ -177,7 +183,7 @@ class AttentionMemory(NamedTuple):
     new: Any
     """Keys, then values, of each generation."""
     weights: Any
-    """Of a warp group's block, as rows of heads."""
+    """Of a warp group's blocks, as rows of heads."""
     reduced: Any
     """A warp's part of a reduction."""
     values: Any
@@ -197,8 +203,8 @@ def attention_memory(attention: Attention, warpgroups: int, dtype) -> AttentionM
     return AttentionMemory(
         plgpu.SMEM((columns, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((2, attention.generations, depth), dtype),
-        plgpu.SMEM((warpgroups, columns, BLOCK), dtype, transforms=tiled(128, 2)),
-        plgpu.SMEM((warpgroups, 4, columns), jnp.float32),
+        plgpu.SMEM((warpgroups, AT_ONCE, columns, BLOCK), dtype, transforms=tiled(128, 2)),
+        plgpu.SMEM((warpgroups, AT_ONCE, 4, columns), jnp.float32),
         plgpu.SMEM((warpgroups, columns, depth + 4), jnp.float32),
         plgpu.SMEM((warpgroups, 2, columns), jnp.float32),
     )
@@ -275,7 +281,7 @@ def attend(
             _meet(refs)
             softmax = _softmax(attention, own, ring, unit, used, interpret)
             plgpu.wgmma_wait(0)
-            total = sum_of_columns(softmax.total, own.reduced, interpret)
+            (total,) = sum_of_columns([softmax.total], own.reduced, interpret)
             leave_softmax(softmax.values, softmax.highest, total, own, interpret)
             _meet(refs)
             store_heads(attention, refs.memory, unit, out, threads, interpret)
@@ -304,20 +310,29 @@ class Softmax(NamedTuple):
 
 
 def _softmax(attention: Attention, memory: AttentionMemory, ring: Slots, unit: Unit, used, interpret: bool) -> Softmax:
-    """Of every other block of the list; the other warp group's are given back when they have come."""
+    """Of every other block of the list, `AT_ONCE` a step; the other warp group's are given back when they have come."""
     own, columns = lax.axis_index("warpgroup"), attention.columns
 
+    def slots_of(index) -> list[Slots]:
+        return [ring.at(used + 2 * index + which) for which in range(2)]
+
     def give_back(index) -> None:
-        for which in range(2):
-            slot = ring.at(used + 2 * index + which)
-            plgpu.barrier_wait(slot.full)
-            plgpu.barrier_arrive(slot.empty)
+        @pl.when(index < unit.blocks)
+        def _():
+            for slot in slots_of(index):
+                plgpu.barrier_wait(slot.full)
+                plgpu.barrier_arrive(slot.empty)
 
     def step(turn, softmax: Softmax) -> Softmax:
-        pl.when(own == 1)(lambda: give_back(2 * turn))
-        slots = [ring.at(used + 2 * (2 * turn + own) + which) for which in range(2)]
-        softmax = _add_block(attention, memory, *slots, unit.block(2 * turn + own), softmax, interpret)
-        pl.when((own == 0) & (2 * turn + 1 < unit.blocks))(lambda: give_back(2 * turn + 1))
+        first = 2 * AT_ONCE * turn
+        given, last = [], unit.blocks - 1 - lax.rem(unit.blocks - 1 + own, 2)
+        for index in (first + own + 2 * i for i in range(AT_ONCE)):
+            # One that does not exist is the last one, of which nothing is seen a second time.
+            block, exists = unit.block(lax.min(index, last)), index <= last
+            given.append((*slots_of(lax.min(index, last)), block, exists))
+        softmax = _add_blocks(attention, memory, given, softmax, interpret)
+        for i in range(AT_ONCE):
+            give_back(first + 2 * i + 1 - own)
         return softmax
 
     def filled(value, shape, layout):
@@ -328,70 +343,86 @@ def _softmax(attention: Attention, memory: AttentionMemory, ring: Slots, unit: U
         filled(0, (BLOCK, columns), plgpu.Layout.WGMMA),
         filled(0, (attention.depth, columns), plgpu.Layout.WGMMA),
     )
-    softmax = lax.fori_loop(0, lax.div(unit.blocks + 1 - own, 2), step, softmax)
-    pl.when((own == 1) & (lax.rem(unit.blocks, 2) == 1))(lambda: give_back(unit.blocks - 1))
+    blocks = lax.div(unit.blocks + 1 - own, 2)
+    turns = lax.div(blocks + AT_ONCE - 1, AT_ONCE)
+    softmax = lax.fori_loop(0, turns, step, softmax)
+    # The other one may have begun a step more.
+    for i in range(AT_ONCE):
+        pl.when(own == 1)(lambda i=i: give_back(2 * AT_ONCE * turns + 2 * i))
     return softmax
 
 
-def _add_block(
+def _add_blocks(
     attention: Attention,
     memory: AttentionMemory,
-    keys: Slots,
-    values: Slots,
-    block: Block,
+    given: list[tuple[Slots, Slots, Block, Any]],
     softmax: Softmax,
     interpret: bool,
 ) -> Softmax:
-    """The softmax with one block more."""
-    _await(memory, keys, block, 0, interpret)
-    scores = _product(keys.data[-1], memory.queries.T)
-    plgpu.barrier_arrive(keys.empty)
+    """The softmax with some blocks more: (slots of keys and of values, block, whether it exists)."""
+    columns, scale = attention.columns, attention.scale * math.log2(math.e)
+    for keys, _, block, exists in given:
+        _await(memory, keys, block, 0, exists, interpret)
+    scores = _products([(keys.data[-1], memory.queries.T) for keys, *_ in given])
+    for keys, _, _, exists in given:
+        pl.when(exists)(lambda keys=keys: plgpu.barrier_arrive(keys.empty))
 
     # Slots in use, the new one among them; and of a suffix, the columns of its generation.
-    visible = block.used + block.takes_new.astype(jnp.int32)
-    slot = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
-    scores = jnp.where(slot < visible, scores * (attention.scale * math.log2(math.e)), -jnp.inf)
-    column = plgpu.broadcasted_iota(jnp.int32, scores.shape[1:], 0, layout=plgpu.Layout.WGMMA.reduce(0))
-    member = lax.div(column, attention.share)
-    seen = (member >= block.member) & (member <= jnp.where(block.of_prompt, ROWS, block.member))
+    slot = plgpu.broadcasted_iota(jnp.int32, (BLOCK, columns), 0, layout=plgpu.Layout.WGMMA)
+    member = lax.div(
+        plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=plgpu.Layout.WGMMA.reduce(0)), attention.share
+    )
+    for i, (_, _, block, exists) in enumerate(given):
+        visible = jnp.where(exists, block.used + block.takes_new.astype(jnp.int32), 0)
+        scores[i] = jnp.where(slot < visible, scores[i] * scale, -jnp.inf)
     largest = largest_of_columns(scores, memory.reduced, interpret)
-    highest = jnp.maximum(softmax.highest, jnp.where(seen, largest, LOWEST))
-    base = jnp.where(seen, highest, HIGHEST)
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(base, scores.shape, [1]))
-    store_weights(weights, memory.weights, interpret)
+    seen = [(member >= b.member) & (member <= jnp.where(b.of_prompt, ROWS, b.member)) for _, _, b, _ in given]
+    highest = softmax.highest
+    for of_block, each in zip(seen, largest, strict=True):
+        highest = jnp.maximum(highest, jnp.where(of_block, each, LOWEST))
+    correction = jnp.exp2(softmax.highest - highest)
+    total = softmax.total * lax.broadcast_in_dim(correction, softmax.total.shape, [1])
+    for i, of_block in enumerate(seen):
+        base = jnp.where(of_block, highest, HIGHEST)
+        weights = jnp.exp2(scores[i] - lax.broadcast_in_dim(base, scores[i].shape, [1]))
+        store_weights(weights, memory.weights.at[i], interpret)
+        total = total + weights
     plgpu.commit_smem()
 
-    _await(memory, values, block, 1, interpret)
-    weighted = _product(values.data[-1].T, memory.weights.T)
-    plgpu.barrier_arrive(values.empty)
-    correction = jnp.exp2(softmax.highest - highest)
+    for _, values, block, exists in given:
+        _await(memory, values, block, 1, exists, interpret)
+    (weighted,) = _products(
+        *[[(values.data[-1].T, memory.weights.at[i].T)] for i, (_, values, *_) in enumerate(given)]
+    )
+    for _, values, _, exists in given:
+        pl.when(exists)(lambda values=values: plgpu.barrier_arrive(values.empty))
+    before = softmax.values * lax.broadcast_in_dim(correction, softmax.values.shape, [1])
+    return Softmax(highest, total, before + weighted)
 
-    def corrected(before):
-        return before * lax.broadcast_in_dim(correction, before.shape, [1])
 
-    return Softmax(highest, corrected(softmax.total) + weights, corrected(softmax.values) + weighted)
+def _await(memory: AttentionMemory, slots: Slots, block: Block, which: int, exists, interpret: bool) -> None:
+    """Wait for a block's keys (0) or values (1), if it exists, and put the new token's where they belong."""
+    pl.when(exists)(lambda: plgpu.barrier_wait(slots.full))
 
-
-def _await(memory: AttentionMemory, slots: Slots, block: Block, which: int, interpret: bool) -> None:
-    """Wait for a block's keys (0) or values (1), and put the new token's where they belong."""
-    plgpu.barrier_wait(slots.full)
-
-    @pl.when(block.used < BLOCK)
+    @pl.when(exists & (block.used < BLOCK))
     def _():
         new = memory.new.at[which, lax.max(block.member, 0)]
         complete(slots.data[-1], new, block.used, block.takes_new, zeros=which == 1, interpret=interpret)
         plgpu.commit_smem()
 
 
-def _product(left, right):
-    """left @ right, float32, of shared memory."""
+def _products(*terms: list[tuple[Any, Any]]) -> list:
+    """Sums of products left @ right of shared memory, float32: one of each place of the `terms`."""
+    shapes = [(left.shape[0], right.shape[1]) for left, right in terms[0]]
 
-    def whole(sums):
-        plgpu.wgmma(sums, left, right)
+    def whole(*sums):
+        for pairs in terms:
+            for each, (left, right) in zip(sums, pairs, strict=True):
+                plgpu.wgmma(each, left, right)
         plgpu.wgmma_wait(0)
-        return sums[...]
+        return [each[...] for each in sums]
 
-    return pl.run_scoped(whole, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+    return list(pl.run_scoped(whole, *[plgpu.ACC(shape, jnp.float32) for shape in shapes]))
 
 
 def _store_new(attention: Attention, refs: AttentionRefs, unit: Unit) -> None:
