@@ -29,7 +29,7 @@ permuted columns between the products (`rows.permute_columns`), as the products 
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -41,7 +41,6 @@ from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.int4_matmul_mosaic import Plan
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
 from pallas_kernels.mosaic_layer_attention import (
-    BLOCK,
     Attention,
     AttentionRefs,
     Given,
@@ -100,18 +99,17 @@ def _launch(
     given, tree = jax.tree.flatten(attended)
 
     def kernel(*refs):
-        given, inputs, left, stored, memory = _cut(
+        given, inputs, left, stored, shared = _cut(
             refs, tree.num_leaves, 5 + 2 * len(products), len(products), 3 + bool(attention)
         )
+        attended, memory, barriers = tree.unflatten(given), *shared
         residual, post_norm, following_norm, number, counter, *flat = inputs
         residual_out, after_out, after_down, *heads = stored
-        weights, x, *shared, together = memory
-        attended, of_attention = tree.unflatten(given), None
+        of_products, of_attention = memory.either
         if attention:
-            # Two names of a memory each.
-            ((x_rows, own_memory),), ((bytes_, keys), scales) = x.data, weights.data
-            x, weights = x._replace(data=(x_rows,)), weights._replace(data=(bytes_, scales, keys))
-            of_attention, (attended,) = AttentionRefs(attended, own_memory, together), heads
+            ring = Slots((of_attention.ring,), *barriers.keys)
+            of_attention = AttentionRefs(attended, ring, of_attention, barriers.together, barriers.attended)
+            (attended,) = heads
         x_of = (attended, after_out, left[1], after_down)
         operands = [Operands(*of) for of in zip(x_of, flat[::2], flat[1::2], left, strict=False)]
         ours = Refs(
@@ -122,9 +120,14 @@ def _launch(
             counter,
             residual_out,
             (after_out, after_down),
-            weights,
-            x,
-            *shared,
+            Slots((of_products.packed, memory.scales), *barriers.weights),
+            Slots((of_products.x,), *barriers.x),
+            memory.left,
+            Handed(of_products.sums, barriers.handed) if layer.has_halves else None,
+            barriers.stored,
+            barriers.met,
+            memory.squares,
+            barriers.all_here,
             of_attention,
         )
         role = lax.axis_index("warpgroup")
@@ -154,7 +157,7 @@ def _launch(
         cluster_names=("program",) if interpret else (),
         num_threads=layer.warpgroups + 2,
         thread_name="warpgroup",
-        scratch_types=_memory(layer, dtype, packed.dtype, scales.dtype),
+        scratch_types=(_memory(layer, dtype, packed.dtype, scales.dtype), _barriers(layer)),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, approx_math=True
         ),
@@ -169,42 +172,82 @@ def _launch(
     return residual, result, counter if interpret else jax.freeze(shared), caches
 
 
-def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> tuple:
-    """What `Refs` has from `weights` to `all_here`, and then the attention's barrier; with an attention, in unions with its memory."""
-    plan, left, handed = layer.products[0].plan, None, None
-    config, stages, attention = plan.config, layer.stages, layer.attention
+class _OfProducts(NamedTuple):
+    """Shared memory that the products use."""
 
-    def slots(count: int, copies: int, *data) -> Slots:
-        full = plgpu.Barrier(num_arrivals=copies, num_barriers=count)
-        return Slots(data, full, plgpu.Barrier(num_arrivals=layer.warpgroups, num_barriers=count))
+    packed: Any
+    sums: Any
+    """Of half tiles; None: there are none."""
+    x: Any
 
-    packed = plgpu.SMEM((stages, config.block_n, plan.block_bytes), packed_dtype, transforms=tiled(plan.block_bytes, 1))
-    parts = layer.weight_copies // 2
-    scales = plgpu.SMEM((stages, parts, plan.groups, config.block_n // parts), scales_dtype)
-    x = plgpu.SMEM((LAYER_X_STAGES, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2))
+
+class _Memory(NamedTuple):
+    """Shared memory of a program."""
+
+    either: Any
+    """(that of the products, then in the same place that of the attention, `AttentionMemory` or None)."""
+    scales: Any
+    left: Any
+    squares: Any
+
+
+class _Barriers(NamedTuple):
+    """Of the rings (full, empty), and those that `Refs`, `Handed` and `AttentionRefs` have."""
+
+    weights: tuple[Any, Any]
+    x: tuple[Any, Any]
+    keys: tuple[Any, Any] | None
+    stored: Any
+    met: Any
+    all_here: Any
+    handed: Any
+    together: Any
+    attended: Any
+
+
+def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> _Memory:
+    plan, attention, stages = layer.products[0].plan, layer.attention, layer.stages
+    config, parts = plan.config, layer.weight_copies // 2
+    # Eight columns more than it needs: threads that access it together meet other banks.
+    sums = plgpu.SMEM((ROWS, config.block_m + 8), jnp.float32) if layer.has_halves else None
+    of_products = _OfProducts(
+        plgpu.SMEM((stages, config.block_n, plan.block_bytes), packed_dtype, transforms=tiled(plan.block_bytes, 1)),
+        sums,
+        plgpu.SMEM((LAYER_X_STAGES, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2)),
+    )
+    either, left = (of_products, None), None
+    if attention:
+        either = (of_products, attention_memory(attention, layer.warpgroups, layer.key_stages, x_dtype))
+        # The interpreter takes two names of a memory for a race even where barriers are between them.
+        either = either if layer.interpret else plgpu.RefUnion(*either)
     if layer.interpret:
         shape = (layer.warpgroups, ROWS, plan.group)
         left = plgpu.SMEM(shape, x_dtype, transforms=tiled(swizzle_bytes(plan.group), 2))
-    if layer.has_halves:
-        # Eight columns more than it needs: threads that access it together meet other banks.
-        handed = Handed(plgpu.SMEM((ROWS, config.block_m + 8), jnp.float32), plgpu.Barrier(num_arrivals=1))
-    together = None
-    if attention:
-        keys = plgpu.SMEM((stages, BLOCK, attention.depth), x_dtype, transforms=tiled(128, 2))
-        # The interpreter takes two names of a memory for a race even where barriers are between them.
-        union = tuple if layer.interpret else lambda parts: plgpu.RefUnion(*parts)
-        packed, x = union([packed, keys]), union([x, attention_memory(attention, layer.warpgroups, x_dtype)])
-        together = plgpu.Barrier(num_arrivals=layer.warpgroups)
-    return (
-        slots(stages, layer.weight_copies, packed, scales),
-        slots(LAYER_X_STAGES, 1, x),
+    return _Memory(
+        either,
+        plgpu.SMEM((stages, parts, plan.groups, config.block_n // parts), scales_dtype),
         left,
-        handed,
-        plgpu.Barrier(num_arrivals=layer.warpgroups),
-        plgpu.Barrier(num_arrivals=1),
         plgpu.SMEM((4 * layer.warpgroups,), jnp.float32),
-        plgpu.ClusterBarrier(collective_axes=("program",)) if layer.interpret else None,
-        together,
+    )
+
+
+def _barriers(layer: Layer) -> _Barriers:
+    def barrier(arrivals: int, **several: int):
+        return plgpu.Barrier(num_arrivals=arrivals, **several)
+
+    def ring(stages: int, copies: int) -> tuple:
+        return barrier(copies, num_barriers=stages), barrier(layer.warpgroups, num_barriers=stages)
+
+    return _Barriers(
+        weights=ring(layer.stages, layer.weight_copies),
+        x=ring(LAYER_X_STAGES, 1),
+        keys=ring(layer.key_stages, 1) if layer.attention else None,
+        stored=barrier(layer.warpgroups),
+        met=barrier(1),
+        all_here=plgpu.ClusterBarrier(collective_axes=("program",)) if layer.interpret else None,
+        handed=barrier(1) if layer.has_halves else None,
+        together=barrier(layer.warpgroups) if layer.attention else None,
+        attended=barrier(layer.warpgroups) if layer.attention else None,
     )
 
 

@@ -5,8 +5,8 @@ of each generation's suffix, where the rows of the other generations are masked.
 between them. Memory gives a prompt up about once, the L2 cache to the other programs of its question; these start at different places of
 their lists, so that reads of both kinds mix.
 
-Keys and values come through the ring that brings the weights, in front of these, and need nothing that this step makes: they are on their
-way while the new token's heads are still summed, normed and rotated. New keys and values go to the cache, and into the last block of
+Keys and values come through a ring of their own, in place of the rings of the products, and need nothing that this step makes: they are on
+their way while the new token's heads are still summed, normed and rotated. New keys and values go to the cache, and into the last block of
 a suffix in shared memory. The warp groups that multiply take blocks in turn, each with a softmax of its own (float32, base 2), and merge
 them at the end. Slots are the rows of the tensor core's left operand, which has no fewer than 64, and query heads the columns of the right one.
 """
@@ -39,8 +39,6 @@ BLOCK = 64
 """Slots of keys, or of values, that a slot of the ring brings."""
 MOST_QUERIES = 32
 """Query heads of a tile."""
-IN_FLIGHT = 6
-"""Slots of keys and values that are on their way at the same time."""
 AT_ONCE = 2
 """Blocks that a warp group multiplies between two exchanges of its warps."""
 LOWEST = -1e30
@@ -177,8 +175,10 @@ class Unit(NamedTuple):
 
 
 class AttentionMemory(NamedTuple):
-    """In shared memory, in place of rows of x, which come later."""
+    """In shared memory."""
 
+    ring: Any
+    """Of keys and values."""
     queries: Any
     new: Any
     """Keys, then values, of each generation."""
@@ -193,14 +193,15 @@ class AttentionMemory(NamedTuple):
 
     def of(self, warpgroup) -> "AttentionMemory":
         """What is a warp group's own, and what all share."""
-        own = (ref.at[warpgroup] for ref in self[2:])
-        return AttentionMemory(self.queries, self.new, *own)
+        own = (ref.at[warpgroup] for ref in self[3:])
+        return AttentionMemory(*self[:3], *own)
 
 
-def attention_memory(attention: Attention, warpgroups: int, dtype) -> AttentionMemory:
+def attention_memory(attention: Attention, warpgroups: int, stages: int, dtype) -> AttentionMemory:
     """The scratch types; four columns of values more than needed: threads that store them together meet other banks."""
     depth, columns = attention.depth, attention.columns
     return AttentionMemory(
+        plgpu.SMEM((stages, BLOCK, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((columns, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((2, attention.generations, depth), dtype),
         plgpu.SMEM((warpgroups, AT_ONCE, columns, BLOCK), dtype, transforms=tiled(128, 2)),
@@ -231,56 +232,61 @@ class AttentionRefs(NamedTuple):
     """Arrays in device memory, and what the warp groups share."""
 
     given: Given
+    ring: Slots
+    """Of keys and values, a block's in two slots that follow each other."""
     memory: AttentionMemory
     together: Any
     """Barrier: all warp groups that multiply are here."""
+    attended: Any
+    """Barrier: all that the ring brought is read."""
 
 
-def copy_keys_and_values(
-    attention: Attention, refs: AttentionRefs, ring: Slots, copies: int, in_flight: int, layer
-) -> Any:
-    """Fill the ring's slots with a block's keys, then its values, and so on: how many. `copies` fill a slot.
+def key_stages(attention: Attention, warpgroups: int, room: int) -> int:
+    """Slots of keys and values that so many bytes have room for beside the rest of the memory; each array begins at a multiple of 1024."""
+    types = attention_memory(attention, warpgroups, 1, jnp.bfloat16)
+    sizes = [math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in types]
+    slot, *others = (1024 * math.ceil(size / 1024) for size in sizes)
+    return (room - sum(others)) // slot
 
-    At the end, at most `in_flight` of them are still on their way.
-    """
-    used, size = 0, BLOCK // copies
+
+def copy_keys_and_values(attention: Attention, refs: AttentionRefs, layer, interpret: bool) -> None:
+    """Keep the ring filled with a block's keys, then its values, and so on; then wait until its memory is free."""
+    used = 0
     for unit in attention.units(refs, layer):
 
         @pl.loop(0, unit.blocks)
         def _(index, unit=unit, start=used):
-            block = unit.block(index)
+            block, first = unit.block(index), start + 2 * index
             for which in range(2):
-                place = start + 2 * index + which
-                pl.when(place >= IN_FLIGHT)(lambda place=place: ring.await_block(place - IN_FLIGHT))
-                slot = ring.claim(place)
+                slot = refs.ring.claim(first + which)
 
                 def copy(cache, slot=slot):
-                    for part in range(copies):
-                        source = cache.at[pl.ds(block.row + part * size, size)]
-                        plgpu.copy_gmem_to_smem(source, slot.data[-1].at[pl.ds(part * size, size)], slot.full)
+                    plgpu.copy_gmem_to_smem(cache.at[pl.ds(block.row, BLOCK)], slot.data[0], slot.full)
 
                 pl.when(block.of_prompt)(lambda which=which, copy=copy: copy(refs.given.prompt[which]))
                 pl.when(~block.of_prompt)(lambda which=which, copy=copy: copy(refs.given.suffix[which]))
 
         used = used + 2 * unit.blocks
-    pl.loop(jnp.maximum(0, used - IN_FLIGHT), jnp.maximum(0, used - in_flight))(ring.await_block)
-    return used
+    if interpret:
+        refs.ring.drain(used)
+    plgpu.barrier_wait(refs.attended)
 
 
 def attend(
-    attention: Attention, refs: AttentionRefs, ring: Slots, out, *, threads: int, layer, eps: float, interpret: bool
-):
-    """Leave the heads' outputs in `out` [M, H Hd], with permuted columns, and new keys and values in the cache: how many slots were used."""
+    attention: Attention, refs: AttentionRefs, out, *, threads: int, layer, eps: float, interpret: bool
+) -> None:
+    """Leave the heads' outputs in `out` [M, H Hd], with permuted columns, and new keys and values in the cache."""
     used, own = 0, refs.memory.of(lax.axis_index("warpgroup"))
-    for unit in attention.units(refs, layer):
+    for turn, unit in enumerate(attention.units(refs, layer)):
 
         @pl.when(unit.blocks > 0)
-        def _(unit=unit, used=used):
+        def _(unit=unit, used=used, turn=turn):
             rotate_heads(attention, refs, unit, layer, eps, threads, interpret)
             plgpu.commit_smem()
             _meet(refs)
-            softmax = _softmax(attention, own, ring, unit, used, interpret)
-            plgpu.wgmma_wait(0)
+            softmax = _softmax(attention, own, refs.ring, unit, used, interpret)
+            if turn == attention.turns - 1:
+                plgpu.barrier_arrive(refs.attended)
             (total,) = sum_of_columns([softmax.total], own.reduced, interpret)
             leave_softmax(softmax.values, softmax.highest, total, own, interpret)
             _meet(refs)
@@ -289,8 +295,9 @@ def attend(
             if attention.turns > 1:  # the others have read the memory that follows
                 _meet(refs)
 
+        if turn == attention.turns - 1:
+            pl.when(unit.blocks == 0)(lambda: plgpu.barrier_arrive(refs.attended))
         used = used + 2 * unit.blocks
-    return used
 
 
 def _meet(refs: AttentionRefs) -> None:
@@ -363,7 +370,7 @@ def _add_blocks(
     columns, scale = attention.columns, attention.scale * math.log2(math.e)
     for keys, _, block, exists in given:
         _await(memory, keys, block, 0, exists, interpret)
-    scores = _products([(keys.data[-1], memory.queries.T) for keys, *_ in given])
+    scores = _products([(keys.data[0], memory.queries.T) for keys, *_ in given])
     for keys, _, _, exists in given:
         pl.when(exists)(lambda keys=keys: plgpu.barrier_arrive(keys.empty))
 
@@ -392,7 +399,7 @@ def _add_blocks(
     for _, values, block, exists in given:
         _await(memory, values, block, 1, exists, interpret)
     (weighted,) = _products(
-        *[[(values.data[-1].T, memory.weights.at[i].T)] for i, (_, values, *_) in enumerate(given)]
+        *[[(values.data[0].T, memory.weights.at[i].T)] for i, (_, values, *_) in enumerate(given)]
     )
     for _, values, _, exists in given:
         pl.when(exists)(lambda values=values: plgpu.barrier_arrive(values.empty))
@@ -407,7 +414,7 @@ def _await(memory: AttentionMemory, slots: Slots, block: Block, which: int, exis
     @pl.when(exists & (block.used < BLOCK))
     def _():
         new = memory.new.at[which, lax.max(block.member, 0)]
-        complete(slots.data[-1], new, block.used, block.takes_new, zeros=which == 1, interpret=interpret)
+        complete(slots.data[0], new, block.used, block.takes_new, zeros=which == 1, interpret=interpret)
         plgpu.commit_smem()
 
 

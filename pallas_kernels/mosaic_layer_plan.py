@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.int4_matmul_mosaic import Plan
-from pallas_kernels.mosaic_layer_attention import Attention, AttentionRefs
+from pallas_kernels.mosaic_layer_attention import Attention, AttentionRefs, key_stages
+from pallas_kernels.mosaic_instructions import ROWS
 from pallas_kernels.mosaic_ring import Slots
+from pallas_kernels.tuning import LAYER_X_STAGES
 
 
 class Product(NamedTuple):
@@ -65,6 +67,14 @@ class Layer(NamedTuple):
     def stages(self) -> int:
         """Slots for weights; one fewer where sums that are handed over take its room."""
         return self.products[0].plan.config.stages - self.has_halves
+
+    @property
+    def key_stages(self) -> int:
+        """Slots for keys and values, in place of those for weights and x."""
+        config = self.products[0].plan.config
+        sums = 4 * ROWS * (config.block_m + 8) if self.has_halves else 0
+        rows = 2 * LAYER_X_STAGES * config.block_m * config.block_k
+        return key_stages(self.attention, self.warpgroups, self.stages * config.block_n * config.block_k + sums + rows)
 
     @property
     def weight_copies(self) -> int:
@@ -131,7 +141,7 @@ class Refs(NamedTuple):
     residual_out: Any
     rows_out: tuple[Any, Any]
     weights: Slots
-    """Bytes, scales and, in place of bytes, keys or values where there is an attention."""
+    """Bytes and scales."""
     x: Slots
     left: Any
     """Of the interpreter: where a warp group puts its left operand; None on a GPU."""

@@ -36,12 +36,10 @@ x, whose copies wait in the same queue."""
 
 
 def copy_weights(layer: Layer, refs: Refs) -> None:
-    """Keep the ring of weights filled, through all products; before them, with keys and values."""
+    """Keep the ring of weights filled, through all products; before them, that of keys and values."""
     used = 0
     if layer.attention:
-        used = copy_keys_and_values(
-            layer.attention, refs.attention, refs.weights, layer.weight_copies, IN_FLIGHT, refs.number[0]
-        )
+        copy_keys_and_values(layer.attention, refs.attention, refs.number[0], layer.interpret)
     for product, operands in zip(layer.products, refs.operands, strict=False):
         for unit in layer.units(product):
 
@@ -62,7 +60,7 @@ def _weights_of(layer: Layer, plan: Plan, operands: Operands, unit: Unit, step) 
     parts = layer.weight_copies // 2
     size = plan.config.block_n // parts
 
-    def copies(packed, scales, *_):
+    def copies(packed, scales):
         for part in range(parts):
             tile, block = (unit.tile, 2 * step + part) if unit.half else (unit.tile + part, step)
             rows, columns = pl.ds(tile * ROWS, size), pl.ds(block * plan.block_bytes, plan.block_bytes)
@@ -119,8 +117,7 @@ def multiply(layer: Layer, refs: Refs) -> None:
 
     if layer.attention:
         how = dict(threads=128 * layer.warpgroups, layer=number, eps=layer.eps, interpret=layer.interpret)
-        slots = attend(layer.attention, refs.attention, refs.weights, refs.operands[0].x, **how)
-        used = Blocks(slots, 0)
+        attend(layer.attention, refs.attention, refs.operands[0].x, **how)
         meet()
     for name, product, operands in zip(PRODUCTS, layer.products, refs.operands, strict=False):
         for unit in layer.units(product):
@@ -203,7 +200,7 @@ def _multiply_blocks(refs: Refs, plan: Plan, sums, blocks: list[Blocks], half: b
     rows = pl.ds(own * ROWS, ROWS)
     for block in blocks:
         weights = refs.weights.at(block.weights)
-        packed, scales, *_ = weights.data
+        packed, scales = weights.data
         plgpu.barrier_wait(weights.full)
         apart = scales.shape[0] > 1
         own_scales = scales.at[own, :, pl.ds(0, ROWS)] if apart else scales.at[0, :, rows]
