@@ -41,6 +41,7 @@ from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.int4_matmul_mosaic import Plan
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
 from pallas_kernels.mosaic_layer_attention import (
+    PIECES,
     Attention,
     AttentionRefs,
     Given,
@@ -235,13 +236,13 @@ def _barriers(layer: Layer) -> _Barriers:
     def barrier(arrivals: int, **several: int):
         return plgpu.Barrier(num_arrivals=arrivals, **several)
 
-    def ring(stages: int, copies: int) -> tuple:
-        return barrier(copies, num_barriers=stages), barrier(layer.warpgroups, num_barriers=stages)
+    def ring(stages: int, copies: int, readers: int = layer.warpgroups) -> tuple:
+        return barrier(copies, num_barriers=stages), barrier(readers, num_barriers=stages)
 
     return _Barriers(
         weights=ring(layer.stages, layer.weight_copies),
         x=ring(LAYER_X_STAGES, 1),
-        keys=ring(layer.key_stages, 1) if layer.attention else None,
+        keys=ring(layer.key_stages, PIECES, 1) if layer.attention else None,
         stored=barrier(layer.warpgroups),
         met=barrier(1),
         all_here=plgpu.ClusterBarrier(collective_axes=("program",)) if layer.interpret else None,

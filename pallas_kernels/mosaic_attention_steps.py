@@ -105,8 +105,9 @@ def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpr
         wide, narrow = ir.VectorType.get((each,), f32), ir.VectorType.get((each,), bf16)
 
         def load(ref, offset):
+            # Volatile: the compiler would move it behind the branches that use it, and each would be waited for.
             kind = ir.MemRefType(ref.type).element_type
-            value = llvm.load(ir.VectorType.get((each,), kind), _place(ref, offset, kind))
+            value = llvm.load(ir.VectorType.get((each,), kind), _place(ref, offset, kind), volatile_=True)
             return value if kind == f32 else arith.extf(wide, value)
 
         def rounded(value):
@@ -265,60 +266,57 @@ def complete(slots, new, used, takes_new, *, zeros: bool, interpret: bool) -> No
     put(slots, new, used, takes_new.astype(jnp.int32))
 
 
-def largest_of_columns(blocks: list, memory, interpret: bool) -> list:
-    """The largest of each column of some float32 [64, N], by a warp group; `memory` [blocks or more, 4, N] is its own, and free at its next barrier."""
+def largest_of_columns(scores, memory, interpret: bool):
+    """The largest of each column of float32 [64, N], by a warp group; `memory` [4, N] is its own, and free at its next barrier."""
     if interpret:
-        return [scores.max(axis=0) for scores in blocks]
-    return _reduce_columns(blocks, memory, arith.maximumf)
+        return scores.max(axis=0)
+    return _reduce_columns(scores, memory, arith.maximumf)
 
 
-def sum_of_columns(blocks: list, memory, interpret: bool) -> list:
+def sum_of_columns(values, memory, interpret: bool):
     """The sum of each column, likewise."""
     if interpret:
-        return [values.sum(axis=0) for values in blocks]
-    return _reduce_columns(blocks, memory, arith.addf)
+        return values.sum(axis=0)
+    return _reduce_columns(values, memory, arith.addf)
 
 
-def _reduce_columns(blocks: list, memory, op) -> list:
-    columns = blocks[0].shape[1]
-    result = plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
+def _reduce_columns(values, memory, op):
+    columns = values.shape[1]
 
     @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.Layout.WGMMA] * len(blocks), plgpu.RefType()), return_type=[result] * len(blocks)
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0)),
     )
-    def reduce(_, *given):
-        *blocks, memory = given
+    def reduce(_, values, memory):
         of, f32 = _Numbers(), ir.F32Type.get()
         pair, layout = ir.VectorType.get((2,), f32), fragmented_array.WGMMA_LAYOUT.reduce((0,))
         lane, warp = of.rem(utils.thread_idx(), 32), of.rem(of.div(utils.thread_idx(), 32), 4)
         own = of.add(of.mul(warp, columns), of.mul(lane, 2))
-        # Of each thread's two columns of eight, the largest or the sum of all rows of its warp.
-        pairs = [op(*rows) for block in blocks for rows in block.registers.reshape(columns // 8, 2)]
-        each = [vector.extract(both, [], [i]) for both in pairs for i in range(2)]
+        # Of each of the thread's columns, two in eight: of all rows of its warp.
+        each = [
+            op(*(vector.extract(row, [], [i]) for row in rows))
+            for rows in values.registers.reshape(columns // 8, 2)
+            for i in range(2)
+        ]
         for distance in (4, 8, 16):
             others = [utils.shfl_bfly(value, distance) for value in each]
             each = [op(value, other) for value, other in zip(each, others, strict=True)]
         with utils.when(of.below(lane, 4)):
-            for index in range(len(pairs)):
-                block, eight = divmod(index, columns // 8)
-                at = of.add(own, 4 * columns * block + 8 * eight)
-                llvm.store(vector.from_elements(pair, each[2 * index : 2 * index + 2]), _place(memory, at, f32))
+            for eight in range(columns // 8):
+                both = vector.from_elements(pair, each[2 * eight : 2 * eight + 2])
+                llvm.store(both, _place(memory, of.add(own, 8 * eight), f32))
         utils.warpgroup_barrier()
         wholes = []
-        for index in range(len(pairs)):
-            block, eight = divmod(index, columns // 8)
-            at = of.add(of.mul(of.rem(lane, 4), 2), 4 * columns * block + 8 * eight)
+        for eight in range(columns // 8):
+            at = of.add(of.mul(of.rem(lane, 4), 2), 8 * eight)
             whole = llvm.load(pair, _place(memory, at, f32))
             for other in range(1, 4):
                 whole = op(whole, llvm.load(pair, _place(memory, of.add(at, other * columns), f32)))
             wholes.append(whole)
-        registers = np.array(wholes, dtype=object).reshape(len(blocks), *layout.registers_shape((columns,)))
-        return [
-            fragmented_array.FragmentedArray(_registers=of_block, _layout=layout, _is_signed=None)
-            for of_block in registers
-        ]
+        registers = np.array(wholes, dtype=object).reshape(layout.registers_shape((columns,)))
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return reduce(*blocks, memory)
+    return reduce(values, memory)
 
 
 def store_weights(weights, out, interpret: bool) -> None:

@@ -39,8 +39,8 @@ BLOCK = 64
 """Slots of keys, or of values, that a slot of the ring brings."""
 MOST_QUERIES = 32
 """Query heads of a tile."""
-AT_ONCE = 2
-"""Blocks that a warp group multiplies between two exchanges of its warps."""
+PIECES = 4
+"""In which a block is copied, so that of the last one of a list little is copied that is not in use."""
 LOWEST = -1e30
 """Start of the running maximum: below every score, and finite, so that rows that have seen nothing yet make no NaN."""
 HIGHEST = 1e30
@@ -160,6 +160,10 @@ class Unit(NamedTuple):
     """Of the first generation, in the caches as rows of a head's depth; the next one's is `suffix_stride` further."""
     suffix_stride: int
 
+    def blocks_of(self, warpgroup) -> Any:
+        """Every other one of the list."""
+        return lax.div(self.blocks + 1 - warpgroup, 2)
+
     def block(self, index) -> Block:
         """The block that comes at an index."""
         place = self.start + index
@@ -183,7 +187,7 @@ class AttentionMemory(NamedTuple):
     new: Any
     """Keys, then values, of each generation."""
     weights: Any
-    """Of a warp group's blocks, as rows of heads."""
+    """Of a warp group's block, as rows of heads."""
     reduced: Any
     """A warp's part of a reduction."""
     values: Any
@@ -204,8 +208,8 @@ def attention_memory(attention: Attention, warpgroups: int, stages: int, dtype) 
         plgpu.SMEM((stages, BLOCK, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((columns, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((2, attention.generations, depth), dtype),
-        plgpu.SMEM((warpgroups, AT_ONCE, columns, BLOCK), dtype, transforms=tiled(128, 2)),
-        plgpu.SMEM((warpgroups, AT_ONCE, 4, columns), jnp.float32),
+        plgpu.SMEM((warpgroups, columns, BLOCK), dtype, transforms=tiled(128, 2)),
+        plgpu.SMEM((warpgroups, 4, columns), jnp.float32),
         plgpu.SMEM((warpgroups, columns, depth + 4), jnp.float32),
         plgpu.SMEM((warpgroups, 2, columns), jnp.float32),
     )
@@ -233,7 +237,7 @@ class AttentionRefs(NamedTuple):
 
     given: Given
     ring: Slots
-    """Of keys and values, a block's in two slots that follow each other."""
+    """Of keys and values, a block's in two slots that follow each other; half of it is a warp group's."""
     memory: AttentionMemory
     together: Any
     """Barrier: all warp groups that multiply are here."""
@@ -242,41 +246,57 @@ class AttentionRefs(NamedTuple):
 
 
 def key_stages(attention: Attention, warpgroups: int, room: int) -> int:
-    """Slots of keys and values that so many bytes have room for beside the rest of the memory; each array begins at a multiple of 1024."""
+    """An even number of slots of keys and values, as many as so many bytes have room for beside the rest of the memory.
+
+    Each array begins at a multiple of 1024.
+    """
     types = attention_memory(attention, warpgroups, 1, jnp.bfloat16)
     sizes = [math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in types]
     slot, *others = (1024 * math.ceil(size / 1024) for size in sizes)
-    return (room - sum(others)) // slot
+    return 2 * ((room - sum(others)) // slot // 2)
 
 
 def copy_keys_and_values(attention: Attention, refs: AttentionRefs, layer, interpret: bool) -> None:
-    """Keep the ring filled with a block's keys, then its values, and so on; then wait until its memory is free."""
-    used = 0
+    """Keep the rings filled with a block's keys, then its values, and so on; then wait until their memory is free."""
+    used = (0, 0)
     for unit in attention.units(refs, layer):
 
         @pl.loop(0, unit.blocks)
-        def _(index, unit=unit, start=used):
-            block, first = unit.block(index), start + 2 * index
+        def _(index, unit=unit, used=used):
+            block, warpgroup = unit.block(index), lax.rem(index, 2)
+            ring = refs.ring.part(warpgroup, 2)
+            first = jnp.where(warpgroup == 0, *used) + index - warpgroup
             for which in range(2):
-                slot = refs.ring.claim(first + which)
+                slot = ring.claim(first + which)
+                for piece in range(PIECES):
+                    _copy_piece(refs, block, which, slot, piece)
 
-                def copy(cache, slot=slot):
-                    plgpu.copy_gmem_to_smem(cache.at[pl.ds(block.row, BLOCK)], slot.data[0], slot.full)
-
-                pl.when(block.of_prompt)(lambda which=which, copy=copy: copy(refs.given.prompt[which]))
-                pl.when(~block.of_prompt)(lambda which=which, copy=copy: copy(refs.given.suffix[which]))
-
-        used = used + 2 * unit.blocks
+        used = tuple(before + 2 * unit.blocks_of(warpgroup) for warpgroup, before in enumerate(used))
     if interpret:
-        refs.ring.drain(used)
+        for warpgroup, count in enumerate(used):
+            refs.ring.part(warpgroup, 2).drain(count)
     plgpu.barrier_wait(refs.attended)
+
+
+def _copy_piece(refs: AttentionRefs, block: Block, which: int, slot: Slots, piece: int) -> None:
+    """Copy a piece of a block's keys (0) or values (1); of one that is not in use, only say that it is there."""
+    size = BLOCK // PIECES
+    first, in_use = size * piece, block.used > size * piece
+
+    def copy(cache) -> None:
+        plgpu.copy_gmem_to_smem(cache.at[pl.ds(block.row + first, size)], slot.data[0].at[pl.ds(first, size)], slot.full)
+
+    pl.when(in_use & block.of_prompt)(lambda: copy(refs.given.prompt[which]))
+    pl.when(in_use & ~block.of_prompt)(lambda: copy(refs.given.suffix[which]))
+    pl.when(~in_use)(lambda: plgpu.barrier_arrive(slot.full))
 
 
 def attend(
     attention: Attention, refs: AttentionRefs, out, *, threads: int, layer, eps: float, interpret: bool
 ) -> None:
     """Leave the heads' outputs in `out` [M, H Hd], with permuted columns, and new keys and values in the cache."""
-    used, own = 0, refs.memory.of(lax.axis_index("warpgroup"))
+    warpgroup, used = lax.axis_index("warpgroup"), 0
+    own, ring = refs.memory.of(warpgroup), refs.ring.part(warpgroup, 2)
     for turn, unit in enumerate(attention.units(refs, layer)):
 
         @pl.when(unit.blocks > 0)
@@ -284,20 +304,20 @@ def attend(
             rotate_heads(attention, refs, unit, layer, eps, threads, interpret)
             plgpu.commit_smem()
             _meet(refs)
-            softmax = _softmax(attention, own, refs.ring, unit, used, interpret)
+            softmax = _softmax(attention, own, ring, unit, used, interpret)
             if turn == attention.turns - 1:
                 plgpu.barrier_arrive(refs.attended)
-            (total,) = sum_of_columns([softmax.total], own.reduced, interpret)
+            total = sum_of_columns(softmax.total, own.reduced, interpret)
             leave_softmax(softmax.values, softmax.highest, total, own, interpret)
             _meet(refs)
             store_heads(attention, refs.memory, unit, out, threads, interpret)
-            pl.when(lax.axis_index("warpgroup") == 1)(lambda: _store_new(attention, refs, unit))
+            pl.when(warpgroup == 1)(lambda: _store_new(attention, refs, unit))
             if attention.turns > 1:  # the others have read the memory that follows
                 _meet(refs)
 
         if turn == attention.turns - 1:
             pl.when(unit.blocks == 0)(lambda: plgpu.barrier_arrive(refs.attended))
-        used = used + 2 * unit.blocks
+        used = used + 2 * unit.blocks_of(warpgroup)
 
 
 def _meet(refs: AttentionRefs) -> None:
@@ -317,119 +337,83 @@ class Softmax(NamedTuple):
 
 
 def _softmax(attention: Attention, memory: AttentionMemory, ring: Slots, unit: Unit, used, interpret: bool) -> Softmax:
-    """Of every other block of the list, `AT_ONCE` a step; the other warp group's are given back when they have come."""
+    """Of the warp group's blocks, every other one of the list."""
     own, columns = lax.axis_index("warpgroup"), attention.columns
-
-    def slots_of(index) -> list[Slots]:
-        return [ring.at(used + 2 * index + which) for which in range(2)]
-
-    def give_back(index) -> None:
-        @pl.when(index < unit.blocks)
-        def _():
-            for slot in slots_of(index):
-                plgpu.barrier_wait(slot.full)
-                plgpu.barrier_arrive(slot.empty)
-
-    def step(turn, softmax: Softmax) -> Softmax:
-        first = 2 * AT_ONCE * turn
-        given, last = [], unit.blocks - 1 - lax.rem(unit.blocks - 1 + own, 2)
-        for index in (first + own + 2 * i for i in range(AT_ONCE)):
-            # One that does not exist is the last one, of which nothing is seen a second time.
-            block, exists = unit.block(lax.min(index, last)), index <= last
-            given.append((*slots_of(lax.min(index, last)), block, exists))
-        softmax = _add_blocks(attention, memory, given, softmax, interpret)
-        for i in range(AT_ONCE):
-            give_back(first + 2 * i + 1 - own)
-        return softmax
 
     def filled(value, shape, layout):
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    def step(turn, softmax: Softmax) -> Softmax:
+        slots = (ring.at(used + 2 * turn + which) for which in range(2))
+        return _add_block(attention, memory, *slots, unit.block(2 * turn + own), softmax, interpret)
 
     softmax = Softmax(
         filled(LOWEST, (columns,), plgpu.Layout.WGMMA.reduce(0)),
         filled(0, (BLOCK, columns), plgpu.Layout.WGMMA),
         filled(0, (attention.depth, columns), plgpu.Layout.WGMMA),
     )
-    blocks = lax.div(unit.blocks + 1 - own, 2)
-    turns = lax.div(blocks + AT_ONCE - 1, AT_ONCE)
-    softmax = lax.fori_loop(0, turns, step, softmax)
-    # The other one may have begun a step more.
-    for i in range(AT_ONCE):
-        pl.when(own == 1)(lambda i=i: give_back(2 * AT_ONCE * turns + 2 * i))
-    return softmax
+    return lax.fori_loop(0, unit.blocks_of(own), step, softmax)
 
 
-def _add_blocks(
+def _add_block(
     attention: Attention,
     memory: AttentionMemory,
-    given: list[tuple[Slots, Slots, Block, Any]],
+    keys: Slots,
+    values: Slots,
+    block: Block,
     softmax: Softmax,
     interpret: bool,
 ) -> Softmax:
-    """The softmax with some blocks more: (slots of keys and of values, block, whether it exists)."""
-    columns, scale = attention.columns, attention.scale * math.log2(math.e)
-    for keys, _, block, exists in given:
-        _await(memory, keys, block, 0, exists, interpret)
-    scores = _products([(keys.data[0], memory.queries.T) for keys, *_ in given])
-    for keys, _, _, exists in given:
-        pl.when(exists)(lambda keys=keys: plgpu.barrier_arrive(keys.empty))
+    """The softmax with one block more."""
+    _await(memory, keys, block, 0, interpret)
+    scores = _product(keys.data[0], memory.queries.T)
+    plgpu.barrier_arrive(keys.empty)
 
     # Slots in use, the new one among them; and of a suffix, the columns of its generation.
-    slot = plgpu.broadcasted_iota(jnp.int32, (BLOCK, columns), 0, layout=plgpu.Layout.WGMMA)
-    member = lax.div(
-        plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=plgpu.Layout.WGMMA.reduce(0)), attention.share
-    )
-    for i, (_, _, block, exists) in enumerate(given):
-        visible = jnp.where(exists, block.used + block.takes_new.astype(jnp.int32), 0)
-        scores[i] = jnp.where(slot < visible, scores[i] * scale, -jnp.inf)
+    visible = block.used + block.takes_new.astype(jnp.int32)
+    slot = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+    scores = jnp.where(slot < visible, scores * (attention.scale * math.log2(math.e)), -jnp.inf)
+    column = plgpu.broadcasted_iota(jnp.int32, scores.shape[1:], 0, layout=plgpu.Layout.WGMMA.reduce(0))
+    member = lax.div(column, attention.share)
+    seen = (member >= block.member) & (member <= jnp.where(block.of_prompt, ROWS, block.member))
     largest = largest_of_columns(scores, memory.reduced, interpret)
-    seen = [(member >= b.member) & (member <= jnp.where(b.of_prompt, ROWS, b.member)) for _, _, b, _ in given]
-    highest = softmax.highest
-    for of_block, each in zip(seen, largest, strict=True):
-        highest = jnp.maximum(highest, jnp.where(of_block, each, LOWEST))
-    correction = jnp.exp2(softmax.highest - highest)
-    total = softmax.total * lax.broadcast_in_dim(correction, softmax.total.shape, [1])
-    for i, of_block in enumerate(seen):
-        base = jnp.where(of_block, highest, HIGHEST)
-        weights = jnp.exp2(scores[i] - lax.broadcast_in_dim(base, scores[i].shape, [1]))
-        store_weights(weights, memory.weights.at[i], interpret)
-        total = total + weights
+    highest = jnp.maximum(softmax.highest, jnp.where(seen, largest, LOWEST))
+    base = jnp.where(seen, highest, HIGHEST)
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(base, scores.shape, [1]))
+    store_weights(weights, memory.weights, interpret)
     plgpu.commit_smem()
 
-    for _, values, block, exists in given:
-        _await(memory, values, block, 1, exists, interpret)
-    (weighted,) = _products(
-        *[[(values.data[0].T, memory.weights.at[i].T)] for i, (_, values, *_) in enumerate(given)]
-    )
-    for _, values, _, exists in given:
-        pl.when(exists)(lambda values=values: plgpu.barrier_arrive(values.empty))
-    before = softmax.values * lax.broadcast_in_dim(correction, softmax.values.shape, [1])
-    return Softmax(highest, total, before + weighted)
+    _await(memory, values, block, 1, interpret)
+    weighted = _product(values.data[0].T, memory.weights.T)
+    plgpu.barrier_arrive(values.empty)
+    correction = jnp.exp2(softmax.highest - highest)
+
+    def corrected(before):
+        return before * lax.broadcast_in_dim(correction, before.shape, [1])
+
+    return Softmax(highest, corrected(softmax.total) + weights, corrected(softmax.values) + weighted)
 
 
-def _await(memory: AttentionMemory, slots: Slots, block: Block, which: int, exists, interpret: bool) -> None:
-    """Wait for a block's keys (0) or values (1), if it exists, and put the new token's where they belong."""
-    pl.when(exists)(lambda: plgpu.barrier_wait(slots.full))
+def _await(memory: AttentionMemory, slots: Slots, block: Block, which: int, interpret: bool) -> None:
+    """Wait for a block's keys (0) or values (1), and put the new token's where they belong."""
+    plgpu.barrier_wait(slots.full)
 
-    @pl.when(exists & (block.used < BLOCK))
+    @pl.when(block.used < BLOCK)
     def _():
         new = memory.new.at[which, lax.max(block.member, 0)]
         complete(slots.data[0], new, block.used, block.takes_new, zeros=which == 1, interpret=interpret)
         plgpu.commit_smem()
 
 
-def _products(*terms: list[tuple[Any, Any]]) -> list:
-    """Sums of products left @ right of shared memory, float32: one of each place of the `terms`."""
-    shapes = [(left.shape[0], right.shape[1]) for left, right in terms[0]]
+def _product(left, right):
+    """left @ right, float32, of shared memory."""
 
-    def whole(*sums):
-        for pairs in terms:
-            for each, (left, right) in zip(sums, pairs, strict=True):
-                plgpu.wgmma(each, left, right)
+    def whole(sums):
+        plgpu.wgmma(sums, left, right)
         plgpu.wgmma_wait(0)
-        return [each[...] for each in sums]
+        return sums[...]
 
-    return list(pl.run_scoped(whole, *[plgpu.ACC(shape, jnp.float32) for shape in shapes]))
+    return pl.run_scoped(whole, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
 
 def _store_new(attention: Attention, refs: AttentionRefs, unit: Unit) -> None:

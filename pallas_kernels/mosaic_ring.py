@@ -21,17 +21,30 @@ class Slots(NamedTuple):
     data: tuple[Any, ...]
     full: Any
     empty: Any
+    first: Any = 0
+    count: int | None = None
+    """None: all of them."""
+
+    def part(self, index, parts: int) -> "Slots":
+        """A ring that has the slots of one of so many equal parts."""
+        count = self.full.shape[0] // parts
+        return self._replace(first=index * count, count=count)
+
+    @property
+    def stages(self) -> int:
+        """Slots."""
+        return self.full.shape[0] if self.count is None else self.count
 
     def at(self, block) -> "Slots":
-        """The slot of a block, by its number among all that the program multiplies."""
-        slot = lax.rem(block, self.full.shape[0])
+        """The slot of a block, by its number among all that the ring brings."""
+        slot = self.first + lax.rem(block, self.stages)
         return Slots(tuple(ref.at[slot] for ref in self.data), self.full.at[slot], self.empty.at[slot])
 
     def claim(self, block) -> "Slots":
         """The slot of a block, once all who multiply have read what it had."""
         slot = self.at(block)
 
-        @pl.when(block >= self.full.shape[0])
+        @pl.when(block >= self.stages)
         def _():
             plgpu.barrier_wait(slot.empty)
 
@@ -52,8 +65,7 @@ class Slots(NamedTuple):
 
         Nor should it have it: for some shapes ptxas (CUDA 13) adds to `used` what the loop before it counted, and this one never ends.
         """
-        stages = self.full.shape[0]
 
-        @pl.loop(jnp.maximum(0, used - stages), used)
+        @pl.loop(jnp.maximum(0, used - self.stages), used)
         def _(block):
             plgpu.barrier_wait(self.at(block).empty)
