@@ -10,7 +10,7 @@ Operations on layers take the stack of all layers and a layer index: a slice in 
 from pallas_kernels.add_rms_norm import add_rms_norm, rms_norm
 from pallas_kernels.codes import NF4, dequantize
 from pallas_kernels.decode_attention import decode_attention, decode_attention_rows
-from pallas_kernels.decode_layer import LayerMatrix, decode_layer, has_layer_kernel, interleave_gate
+from pallas_kernels.decode_layer import Caches, LayerMatrix, decode_layer, has_layer_kernel, interleave_gate
 from pallas_kernels.dense_matmul import dense_partial_sums
 from pallas_kernels.draw_token import draw_token
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
@@ -18,13 +18,13 @@ from pallas_kernels.gated_matmul import gated_matmul
 from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partial_sums, reads_permuted
 from pallas_kernels.rope_attention import NewTokens, rope_attention
 from pallas_kernels.rope_cache import rope_and_cache
-from pallas_kernels.rows import AttentionParts, Rows, joined
+from pallas_kernels.rows import Rows, joined
 from pallas_kernels.token_logprobs import token_logprobs
 
 __all__ = [
     "ACTIVATIONS",
     "NF4",
-    "AttentionParts",
+    "Caches",
     "LayerMatrix",
     "NewTokens",
     "Rows",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import cache_codes, dispatch, reference
-from pallas_kernels.rows import AttentionParts, Rows, as_rows
+from pallas_kernels.rows import Rows, as_rows
 
 Scales: TypeAlias = tuple[
     Float[Array, "L Q K P"], Float[Array, "L Q K P"], Float[Array, "L Q G K C"], Float[Array, "L Q G K C"]
@@ -74,11 +74,9 @@ def decode_attention_rows(
     softcap: float | None = None,
     scales: Scales | None = None,
     implementation: str | None = None,
-    merged: bool = True,
-) -> Rows | AttentionParts:
+) -> Rows:
     """`decode_attention` as rows `[Q·G, H·Hd]` of the next product, with permuted columns if asked for.
 
-    `merged=False` is for a consumer that can merge: where the kernel leaves parts, the result is those.
     The other arguments and errors are those of `decode_attention`; permuted columns want a head_dim that divides by 16.
     """
     check_shapes(q.shape, prompt_k, prompt_v, prompt_lengths, k, v)
@@ -97,8 +95,8 @@ def decode_attention_rows(
     if chosen == dispatch.TRITON:
         from pallas_kernels.decode_attention_triton import decode_attention as fused
 
-        how: dict[str, Any] = dict(permuted=permuted, merged=merged)
-        return fused(q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, scales, **how)
+        caches = (prompt_k, prompt_v, prompt_lengths, k, v)
+        return fused(q, *caches, length, layer, scale, window, scales, permuted=permuted)
     out = reference.decode_attention(
         q, prompt_k, prompt_v, prompt_lengths, k, v, length, layer, scale, window, softcap, scales
     )

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from pallas_kernels import tuning, whole_attention_triton
 from pallas_kernels.add_rms_norm_triton import permuted_column
-from pallas_kernels.rows import AttentionParts, Rows
+from pallas_kernels.rows import Rows
 
 _LOG2_E = 1.4426950408889634
 
@@ -345,9 +345,8 @@ def decode_attention(
     scales=None,
     permuted: bool = False,
     config: tuning.AttentionConfig | None = None,
-    merged: bool = True,
-) -> Rows | AttentionParts:
-    """Launch the kernel and, of more than one part, the merge if it is wanted; the arguments are those of `pallas_kernels.decode_attention_rows`."""
+) -> Rows:
+    """Launch the kernel and, of more than one part, the merge; the arguments are those of `pallas_kernels.decode_attention_rows`."""
     from pallas_kernels.triton_launch import triton_call
 
     questions, generations, heads, head_dim = q.shape
@@ -381,8 +380,6 @@ def decode_attention(
         LENGTH_IS_POINTER=isinstance(length, jax.Array),
         **constants,
     )
-    if splits > 1 and not merged:
-        return AttentionParts(*out)
     if splits > 1:
         out = triton_call(
             *out,

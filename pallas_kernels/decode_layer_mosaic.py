@@ -46,13 +46,12 @@ from pallas_kernels.mosaic_layer_attention import (
     AttentionRefs,
     Given,
     attention_memory,
-    tile_of_generations,
 )
 from pallas_kernels.mosaic_layer_plan import Handed, Layer, Operands, Product, Refs
 from pallas_kernels.mosaic_layer_roles import copy_weights, copy_x, multiply
 from pallas_kernels.mosaic_ring import Slots
 from pallas_kernels.rope_attention import NewTokens
-from pallas_kernels.tuning import LAYER_X_STAGES, Int4Config
+from pallas_kernels.tuning import LAYER_X_STAGES, Int4Config, layer_attention_tile
 
 COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 208
 """Of a thread: of two warp groups that copy, and two that multiply."""
@@ -313,7 +312,7 @@ def _attention(tokens: NewTokens, programs: int, scale: float) -> Attention:
     """The shape of a launch's attention."""
     _, questions, group, kv_heads, slots, depth = tokens.k.shape
     share = tokens.qkv.shape[-1] // depth // kv_heads - 2
-    generations = tile_of_generations(questions, group, kv_heads, share, programs)
+    generations, _ = layer_attention_tile(questions, group, kv_heads, share, programs)
     prompt_slots = tokens.prompt_k.shape[3]
     return Attention(questions, group, kv_heads, share, depth, prompt_slots, slots, generations, programs, scale)
 

@@ -111,6 +111,33 @@ def decode_layer_problem(device: Device, dtype, scales_dtype, m: int) -> str | N
     return f"it has no more than {LAYER_ROWS} rows, got {m}" if m > LAYER_ROWS else None
 
 
+LAYER_QUERIES = 32
+"""Query heads that a tile of the attention in a decode layer's kernel has at most."""
+
+
+def layer_attention_problem(
+    device: Device, dtype, head_dim: int, share: int, tiles: int, has_window: bool, softcap: float | None, cache_dtype
+) -> str | None:
+    """Why the kernel of a decode step's layer cannot begin with its attention; None when it can, and then it is faster.
+
+    Every program takes one of the `tiles` of a few generations and a kv head, `share` query heads each: more would follow each
+    other, and far fewer would leave multiprocessors idle.
+    """
+    if has_window or softcap is not None:
+        return "it has no window and no soft-cap of scores"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it needs bfloat16 rows, got {jnp.dtype(dtype).name}"
+    if jnp.dtype(cache_dtype) != jnp.bfloat16:
+        return f"keys and values must be bfloat16, got {jnp.dtype(cache_dtype).name}"
+    if head_dim not in (64, 128):
+        return f"head_dim must be 64 or 128, got {head_dim}"
+    if share > LAYER_QUERIES:
+        return f"a key has no more than {LAYER_QUERIES} queries, got {share}"
+    if not 0.4 * device.multiprocessors <= tiles <= device.multiprocessors:
+        return f"{tiles} tiles are not about one for each of {device.multiprocessors} multiprocessors"
+    return None
+
+
 # Rows above which dequantizing the layer and calling cuBLAS is taken. On an H200 the fused kernel still wins by 1.3 to
 # 1.6 at 256 rows (docs/benchmarks.md), and both should meet near 512. Before Hopper, dequantized weights cost more:
 # there is less memory bandwidth for each FLOP.

@@ -3,11 +3,10 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
-import numpy as np
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir

@@ -37,8 +37,6 @@ from pallas_kernels.mosaic_ring import Slots
 
 BLOCK = 64
 """Slots of keys, or of values, that a slot of the ring brings."""
-MOST_QUERIES = 32
-"""Query heads of a tile."""
 PIECES = 4
 """In which a block is copied, so that of the last one of a list little is copied that is not in use."""
 LOWEST = -1e30
@@ -284,16 +282,16 @@ def _copy_piece(refs: AttentionRefs, block: Block, which: int, slot: Slots, piec
     first, in_use = size * piece, block.used > size * piece
 
     def copy(cache) -> None:
-        plgpu.copy_gmem_to_smem(cache.at[pl.ds(block.row + first, size)], slot.data[0].at[pl.ds(first, size)], slot.full)
+        plgpu.copy_gmem_to_smem(
+            cache.at[pl.ds(block.row + first, size)], slot.data[0].at[pl.ds(first, size)], slot.full
+        )
 
     pl.when(in_use & block.of_prompt)(lambda: copy(refs.given.prompt[which]))
     pl.when(in_use & ~block.of_prompt)(lambda: copy(refs.given.suffix[which]))
     pl.when(~in_use)(lambda: plgpu.barrier_arrive(slot.full))
 
 
-def attend(
-    attention: Attention, refs: AttentionRefs, out, *, threads: int, layer, eps: float, interpret: bool
-) -> None:
+def attend(attention: Attention, refs: AttentionRefs, out, *, threads: int, layer, eps: float, interpret: bool) -> None:
     """Leave the heads' outputs in `out` [M, H Hd], with permuted columns, and new keys and values in the cache."""
     warpgroup, used = lax.axis_index("warpgroup"), 0
     own, ring = refs.memory.of(warpgroup), refs.ring.part(warpgroup, 2)
@@ -427,11 +425,3 @@ def _store_new(attention: Attention, refs: AttentionRefs, unit: Unit) -> None:
                 plgpu.copy_smem_to_gmem(refs.memory.new.at[which, pl.ds(member, 1)], cache.at[pl.ds(row, 1)])
 
     plgpu.wait_smem_to_gmem(0)
-
-
-def tile_of_generations(questions: int, group: int, kv_heads: int, share: int, programs: int) -> int:
-    """As few generations as leave no more tiles than programs, but no more than a tile has rows for."""
-    most = max(1, min(group, MOST_QUERIES // share))
-    fitting = (n for n in range(1, most) if questions * kv_heads * math.ceil(group / n) <= programs)
-    return next(fitting, most)
-

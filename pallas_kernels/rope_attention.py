@@ -11,23 +11,24 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import dispatch, rope_cache, tuning
 from pallas_kernels.decode_attention import Scales, check_shapes, decode_attention_rows
-from pallas_kernels.rows import AttentionParts, Rows
+from pallas_kernels.rows import Rows
 
 
 class NewTokens(NamedTuple):
-    """What an attention of one token begins with: the arguments of `rope_attention` for caches in 16 bits."""
+    """What an attention of one token begins with: the arrays that `rope_attention` takes, by their names."""
 
     qkv: Float[Array, "S Q G HKK_Hd"]
     cos: Float[Array, "Q Hd_2"]
     sin: Float[Array, "Q Hd_2"]
-    prompt_k: Float[Array, "L Q K P Hd"]
-    prompt_v: Float[Array, "L Q K P Hd"]
+    prompt_k: Shaped[Array, "L Q K P Hd"]
+    prompt_v: Shaped[Array, "L Q K P Hd"]
     prompt_lengths: Int[Array, "Q"]
-    k: Float[Array, "L Q G K C Hd"]
-    v: Float[Array, "L Q G K C Hd"]
+    k: Shaped[Array, "L Q G K C Hd"]
+    v: Shaped[Array, "L Q G K C Hd"]
     slot: Int[Array, ""]
     norms: tuple[Float[Array, "L Hd"], Float[Array, "L Hd"]] | None = None
     bias: Float[Array, "L HKK_Hd"] | None = None
+    scales: Scales | None = None
 
 
 def rope_attention(
@@ -52,10 +53,7 @@ def rope_attention(
     scales: Scales | None = None,
     dtype=None,
     implementation: str | None = None,
-    merged: bool = True,
-) -> tuple[
-    Rows | AttentionParts, Shaped[Array, "L Q G K C Hd"], Shaped[Array, "L Q G K C Hd"], rope_cache.Scales | None
-]:
+) -> tuple[Rows, Shaped[Array, "L Q G K C Hd"], Shaped[Array, "L Q G K C Hd"], rope_cache.Scales | None]:
     """(the heads' outputs, then k, v and their scales with `slot` of `layer` written); slots < `slot` and the prompt are visible too.
 
     Args:
@@ -114,6 +112,5 @@ def rope_attention(
         softcap=softcap,
         scales=None if scales is None or written is None else (*scales[:2], *written),
         implementation=implementation,
-        merged=merged,
     )
     return out, k, v, written

@@ -18,24 +18,6 @@ class Rows(NamedTuple):
     """The same with their columns in the order of `permute_columns`, where that product asks for it (`reads_permuted`)."""
 
 
-class AttentionParts(NamedTuple):
-    """Attention over parts of the keys, to be merged: every row's heads, in base 2 (Dao et al., Flash-Decoding, 2023)."""
-
-    stats: Float[Array, "MH S 2"]
-    """Each part's largest score, -inf where it has nothing to see, and the sum of its exponentials."""
-    values: Float[Array, "MH S Hd"]
-    """Each part's weighted values, not divided by that sum; anything where it has nothing to see."""
-
-
-def merge_parts(parts: AttentionParts) -> Float[Array, "MH Hd"]:
-    """The heads' outputs, float32: sum_s 2^(max_s - max) values_s / sum_s 2^(max_s - max) sum_s."""
-    highest, total = parts.stats[..., 0], parts.stats[..., 1]
-    weights = jnp.exp2(highest - highest.max(axis=1, keepdims=True))
-    seen = weights > 0
-    values = jnp.where(seen[..., None], parts.values, 0) * weights[..., None]
-    return values.sum(axis=1) / (jnp.where(seen, total, 0) * weights).sum(axis=1, keepdims=True)
-
-
 def permute_columns(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
     """x with every 16 columns reordered, (4t + 2h + j) -> (8h + 2t + j): what the wgmma form of `int4_matmul` reads."""
     m, k = x.shape

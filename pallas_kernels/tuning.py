@@ -198,6 +198,13 @@ def decode_layer_configs(
     return configs if fits and multiprocessors >= block_m else None
 
 
+def layer_attention_tile(questions: int, group: int, kv_heads: int, share: int, programs: int) -> tuple[int, int]:
+    """(generations of a tile of the attention in `decode_layer`, tiles): as few as leave no more tiles than programs, or as many as have room."""
+    most = max(1, min(group, dispatch.LAYER_QUERIES // share))
+    choices = [(n, questions * kv_heads * math.ceil(group / n)) for n in range(1, most + 1)]
+    return next((choice for choice in choices if choice[1] <= programs), choices[-1])
+
+
 def mosaic_heuristic(m: int, n: int, k: int, *, code: str = "int4", multiprocessors: int = 132) -> Int4Config:
     """All rows up to 256 in one tile, four warp groups while their sums fit the registers, K split until every multiprocessor has a program."""
     block_m = min(max(16, power_of_two(m)), 256 if code == "int4" else 128)

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -53,7 +53,7 @@ def inputs(shapes: list[tuple[int, int]], m: int) -> tuple:
     return residual, (norms[0], norms[1]), [[matrix(*shape) for shape in shapes] for _ in range(CHAIN)]
 
 
-def new_tokens(shapes: list[tuple[int, int]], m: int, parts: int, suffix: int) -> NewTokens:
+def new_tokens(shapes: list[tuple[int, int]], m: int, parts: int) -> NewTokens:
     """Of random caches."""
     keys = iter(jax.random.split(jax.random.key(1), 6))
     questions, heads = m // GENERATIONS, shapes[0][1] // HEAD
@@ -66,11 +66,11 @@ def new_tokens(shapes: list[tuple[int, int]], m: int, parts: int, suffix: int) -
     caches = [normal(CHAIN, questions, GENERATIONS, kv_heads, SUFFIX, HEAD) for _ in range(2)]
     angles = jax.random.uniform(next(keys), (questions, HEAD // 2), maxval=6)
     qkv = normal(parts, questions, GENERATIONS, shapes[3][0], dtype=jnp.float32)
-    lengths, slot = jnp.full((questions,), PROMPT, jnp.int32), jnp.asarray(suffix, jnp.int32)
+    lengths, slot = jnp.full((questions,), PROMPT, jnp.int32), jnp.asarray(0, jnp.int32)
     return NewTokens(qkv, jnp.cos(angles), jnp.sin(angles), *prompt, lengths, *caches, slot)
 
 
-def attended_apart(tokens: NewTokens, layer: int, **how: Any) -> tuple[Rows, jax.Array, jax.Array]:
+def attended_apart(tokens: NewTokens, layer: Any, **how: Any) -> tuple[Rows, jax.Array, jax.Array]:
     """The heads' outputs, and the caches with the new token."""
     out, k, v, _ = rope_attention(**tokens._asdict(), layer=layer, scale=HEAD**-0.5, dtype=jnp.bfloat16, **how)
     return out, k, v
@@ -103,41 +103,80 @@ def chain(configs: tuple[Int4Config, ...], one_kernel: bool) -> Chain:
     return layers
 
 
-def largest_error(left: list[tuple], attended: Any, residual: Any, norms: Any, matrices: Any) -> float:
-    """Of a layer, against plain products that begin with the residual the kernel's layer began with."""
+def reference_of(attended_first: bool) -> Callable[..., jax.Array]:
+    """The partial sums that a layer leaves, by plain products, compiled for all layers."""
     plain = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     how: dict[str, Any] = dict(eps=EPS, activation="silu", implementation="reference")
 
-    def reference(residual: Any, own: Any, layer: int) -> Any:
+    def reference(attended: Any, residual: Any, norms: Any, own: Any, layer: Any) -> jax.Array:
         rows = attended
-        if isinstance(attended, NewTokens):
+        if attended_first:
             rows, _, _ = attended_apart(attended, layer, permuted=False, implementation="reference")
-        return decode_layer(rows, residual, norms, own, jnp.zeros((1,), jnp.int32), layer=layer, **how)[1]
+        return decode_layer(rows, residual, norms, own, jnp.zeros((1,), jnp.int32), layer=layer, **how).following.sum(0)
 
-    compiled = jax.jit(reference, static_argnums=2, compiler_options=plain if jax.default_backend() == "gpu" else None)
+    return jax.jit(reference, compiler_options=plain if jax.default_backend() == "gpu" else None)
+
+
+def largest_error(
+    left: list[tuple], reference: Callable, attended: Any, residual: Any, norms: Any, matrices: Any
+) -> float:
+    """Of a layer, against plain products that begin with the residual the kernel's layer began with."""
     errors = []
     for layer, own in enumerate(matrices):
-        want = compiled(residual, own, layer).sum(0)
+        want = reference(attended, residual, norms, own, jnp.asarray(layer))
         residual, sums = left[layer]
         errors.append(float(jnp.linalg.norm(sums.sum(0) - want) / jnp.linalg.norm(want)))
     return max(errors)
 
 
-def measure(layers: Chain, operands: tuple) -> tuple[dict[str, float], float]:
-    """Microseconds of a layer in the layers' kernels ('mosaic') and in others, and the largest error."""
-    compiled = jax.jit(layers).lower(*operands).compile()
-    left, timings = profiler.Cupti(finalize=False).measure(compiled, aggregate=False, iterations=5)(*operands)
-    error = largest_error(left, *operands)
-    if not error < 0.02:
-        raise SystemExit(f"bench_layer: the kernel's results differ by {error}")
+class Bench:
+    """One shape's chain of layers, with the attention in their kernels or apart."""
 
-    def median(chosen: Callable[[str], bool]) -> float:
-        runs = [[1e3 * ms for name, ms in run if chosen(name)] for run in timings]
-        return round(sum(map(statistics.median, zip(*runs, strict=True))) / CHAIN, 2)
+    def __init__(self, configs: tuple[Int4Config, ...], attends: bool, one_kernel: bool, operands: tuple) -> None:
+        self.compiled = jax.jit(chain(configs, one_kernel)).lower(*operands).compile()
+        self.reference = reference_of(attends)
 
-    before = ("attention", "rope")
-    of_attention = median(lambda name: any(part in name for part in before))
-    return {"mosaic": median(lambda name: "mosaic" in name), "attention": of_attention}, error
+    def measure(self, *operands: Any) -> dict[str, float]:
+        """Microseconds of a layer in the layers' kernels and in the attention's own, and the largest error."""
+        cupti = profiler.Cupti(finalize=False)
+        left, timings = cupti.measure(self.compiled, aggregate=False, iterations=5)(*operands)
+        given = [Rows(a) if i == 0 and not isinstance(a, NewTokens) else a for i, a in enumerate(operands)]
+        error = largest_error(left, self.reference, *given)
+        if not error < 0.02:
+            raise SystemExit(f"bench_layer: the kernel's results differ by {error}")
+
+        def median(*parts: str) -> float:
+            runs = [[1e3 * ms for name, ms in run if any(part in name for part in parts)] for run in timings]
+            return round(sum(map(statistics.median, zip(*runs, strict=True))) / CHAIN, 2)
+
+        return {"layer": median("mosaic"), "attention": median("attention", "rope"), "error": round(error, 5)}
+
+
+def bench(name: str, m: int, configs: tuple[Int4Config, ...], suffixes: list[int | None]) -> Iterator[dict[str, Any]]:
+    """A result for each length."""
+    shapes = layer_shapes(name)
+    given = inputs(shapes, m)
+    weights = round(sum(n * k * (1 + 2 / GROUP) for n, k in shapes) / BANDWIDTH_BYTES_PER_US, 2)
+    if suffixes == [None]:
+        rows = permute_columns(jax.random.normal(jax.random.key(2), (m, shapes[0][1]), jnp.bfloat16))
+        own = Bench(configs, False, True, (rows, *given)).measure(rows, *given)
+        yield {"weights_bytes_us": weights, "us": own["layer"], "error": own["error"]}
+        return
+    tokens = new_tokens(shapes, m, configs[3].split_k)
+    one, apart = (Bench(configs, True, one_kernel, (tokens, *given)) for one_kernel in (True, False))
+    for suffix in suffixes:
+        operands = (tokens._replace(slot=jnp.asarray(suffix, jnp.int32)), *given)
+        whole, parts = one.measure(*operands), apart.measure(*operands)
+        caches = 4 * HEAD * tokens.k.shape[3] * (m * suffix + m // GENERATIONS * PROMPT)
+        yield {
+            "suffix": suffix,
+            "weights_bytes_us": weights,
+            "cache_bytes_us": round(caches / BANDWIDTH_BYTES_PER_US, 2),
+            "one_kernel_us": whole["layer"],
+            "apart_us": round(parts["layer"] + parts["attention"], 2),
+            "attention_us": parts["attention"],
+            "error": whole["error"],
+        }
 
 
 def main() -> None:
@@ -149,36 +188,14 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=[None], help="e.g. 4,1,4,2")
     options = parser.parse_args()
     for name, m, splits in itertools.product(options.shapes, options.rows, options.splits):
-        shapes = layer_shapes(name)
-        configs = tuning.decode_layer_configs(m, tuple(shapes), jax.devices()[0].core_count)
+        configs = tuning.decode_layer_configs(m, tuple(layer_shapes(name)), jax.devices()[0].core_count)
         if splits is not None:
             rows = max(16, tuning.power_of_two(m))
             configs = tuple(tuning.layer_config(rows, int(split)) for split in splits.split(","))
         if configs is None:
             raise SystemExit(f"bench_layer: the kernel cannot run {m} rows of {name}")
-        given = inputs(shapes, m)
-        weights = round(sum(n * k * (1 + 2 / GROUP) for n, k in shapes) / BANDWIDTH_BYTES_PER_US, 2)
-        for suffix in options.suffixes:
-            result: dict[str, Any] = {"shape": name, "m": m, "splits": splits, "weights_bytes_us": weights}
-            if suffix is None:
-                rows = Rows(jax.random.normal(jax.random.key(2), (m, shapes[0][1]), jnp.bfloat16))
-                own = (rows._replace(permuted=permute_columns(rows.plain)), *given)
-                times, error = measure(lambda rows, *own: chain(configs, True)(rows.permuted, *own), own)
-                result |= {"us": times["mosaic"], "error": round(error, 5)}
-            else:
-                own = (new_tokens(shapes, m, configs[3].split_k, suffix), *given)
-                one, error = measure(chain(configs, True), own)
-                apart, _ = measure(chain(configs, False), own)
-                caches = 2 * 2 * HEAD * own[0].k.shape[3] * (m * suffix + m // GENERATIONS * PROMPT)
-                result |= {
-                    "suffix": suffix,
-                    "cache_bytes_us": round(caches / BANDWIDTH_BYTES_PER_US, 2),
-                    "one_kernel_us": one["mosaic"],
-                    "apart_us": round(apart["mosaic"] + apart["attention"], 2),
-                    "attention_us": apart["attention"],
-                    "error": round(error, 5),
-                }
-            print(json.dumps(result), flush=True)
+        for result in bench(name, m, configs, options.suffixes):
+            print(json.dumps({"shape": name, "m": m, "splits": splits, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ write after qkv, the residual with the following norm after out and down, the ga
 gate are one kernel. A layer therefore takes its input normed already and leaves the normed input of the next one. Where no
 kernel runs, the jnp twins compute exactly what `_layer` does.
 
-Of a copy that is laid out for it (`LayerWeights`), all between two attentions is one operation, up to the next layer's qkv.
+Of a copy that is laid out for it (`LayerWeights`), an attention and all up to the next layer's qkv is one operation.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,22 @@ from jaxtyping import Float, Int32
 
 from jgrpo.models.config import ModelConfig
 from jgrpo.quantization import LAYERS, LayerWeights, gated_matmul, matmul_parts, reads_permuted
-from pallas_kernels import Rows, add_rms_norm, decode_layer
+from pallas_kernels import NewTokens, Rows, add_rms_norm, decode_layer
 
 Adapter = dict[str, tuple[Array, Array]]
 
 
-AttendParts = Callable[..., tuple[Any, Any]]
-"""Partial sums of qkv, without its bias, whether to permute the columns of the result, and whether to merge its parts (the default)
--> (the heads' outputs as `Rows`, or their `AttentionParts`; whatever the caller keeps)."""
+class DecodeAttend(NamedTuple):
+    """The attention of one layer, over a cache."""
+
+    rows: Callable[[Float[Array, "S M N"], bool], tuple[Rows, Any]]
+    """Partial sums of qkv, without its bias, and whether to permute the columns of the result -> (the heads' outputs, the cache)."""
+    new_tokens: Callable[[Float[Array, "S M N"]], NewTokens] | None
+    """The same sums -> what a kernel that begins with the attention is given; None: these heads have no such kernel."""
+    how: dict[str, Any]
+    """The scale of scores, their soft-cap, and the window."""
+    written: Callable[..., Any]
+    """Keys, values and their scales -> the cache."""
 
 
 FOLLOWING_NORM = "following_norm"
@@ -54,10 +62,10 @@ class DecodeLayers:
         index: int | Array,
         residual: Float[Array, "M D"],
         rows: Rows,
-        attend: AttendParts,
+        attend: DecodeAttend,
     ) -> tuple[Float[Array, "M D"], Rows, Any]:
         """(residual, its rows normed for what follows, whatever `attend` keeps)."""
-        attended, kept = attend(self._product("qkv", index, rows), self._permuted("out", index, residual))
+        attended, kept = attend.rows(self._product("qkv", index, rows), self._permuted("out", index, residual))
         out = self._product("out", index, attended)
         permuted = self._permuted("gate_up", index, residual)
         residual, rows = self._add(residual, "out", out, self.weights["post_norm"], index, permuted)
@@ -133,11 +141,13 @@ class FusedDecodeLayers(DecodeLayers):
         return Ahead(self._product("qkv", 0, super().enter(residual)), jnp.zeros((1,), jnp.int32))
 
     def layer(
-        self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: AttendParts
+        self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: DecodeAttend
     ) -> tuple[Float[Array, "M D"], Ahead, Any]:
         """(residual, what the next layer begins with, whatever `attend` keeps)."""
-        attended, kept = attend(ahead.parts, True, merged=False)
-        residual, parts, counter = decode_layer(
+        attended, kept = (
+            attend.rows(ahead.parts, True) if attend.new_tokens is None else (attend.new_tokens(ahead.parts), None)
+        )
+        residual, parts, counter, caches = decode_layer(
             attended,
             residual,
             (self.weights["post_norm"], self.following_norm),
@@ -146,8 +156,9 @@ class FusedDecodeLayers(DecodeLayers):
             layer=index,
             eps=self.config.rms_norm_eps,
             activation=self.config.activation,
+            **attend.how,
         )
-        return residual, Ahead(parts, counter), kept
+        return residual, Ahead(parts, counter), kept if caches is None else attend.written(*caches)
 
     @staticmethod
     def leave(ahead: Ahead) -> Float[Array, "M D"]:

@@ -12,7 +12,6 @@ pytrees (`base_shapes` states them), because `Int4Weight` leaves and stacked lay
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -29,14 +28,14 @@ from jgrpo.lora import fuse, layer_slice
 from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
-from jgrpo.models.decoding import DecodeLayers, FusedDecodeLayers
+from jgrpo.models.decoding import DecodeAttend, DecodeLayers, FusedDecodeLayers
 from jgrpo.models.linear import PRODUCT, LayerProducts, Observe, of_layer
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import LAYERS, LayerWeights, MixedWeight, Weight, embed, matmul
-from pallas_kernels import ACTIVATIONS, AttentionParts, Rows, joined, rms_norm
+from pallas_kernels import ACTIVATIONS, NewTokens, Rows, joined, rms_norm
 from pallas_kernels.rope_cache import write as write_slot
 
 Attend = Callable[[Array], tuple[Array, Any]]
@@ -192,7 +191,7 @@ class Transformer(nn.Module):
 
         def body(layer: int | Array, carry: tuple[Array, Any, KVCache]) -> tuple[Array, Any, KVCache]:
             residual, ahead, cache = carry
-            return layers.layer(layer, residual, ahead, partial(attention, cache, layer))
+            return layers.layer(layer, residual, ahead, attention(cache, layer))
 
         x = self._embed(base, tokens)
         residual = x.reshape(-1, x.shape[-1])
@@ -240,8 +239,8 @@ class Transformer(nn.Module):
         mlp = linear("down", ACTIVATIONS[self.config.activation](gate) * up)
         return x + self._out_norm(mlp, weights, "mlp_out_norm", layer), kept
 
-    def _decode_attention(self, weights: Any, cache: KVCache) -> Callable[..., tuple[Rows | AttentionParts, KVCache]]:
-        """(cache, layer, then as `AttendParts`) -> (the heads' outputs, the cache with slot `cache.length` written).
+    def _decode_attention(self, weights: Any, cache: KVCache) -> Callable[[KVCache, int | Array], DecodeAttend]:
+        """(cache, layer) -> its attention, which writes slot `cache.length`.
 
         One operation with rotation and cache write where that covers the family: heads that are rotated whole, norms without an offset.
         """
@@ -251,30 +250,37 @@ class Transformer(nn.Module):
         fused = all(rope.partial == 1.0 for rope in ropes) and not (norms and self.config.norm_offset)
         tables = rope_tables(positions, *self._rope(0)) if self.config.local_rope is None else None
 
-        def attend(
-            cache: KVCache, layer: int | Array, qkv: Array, permuted: bool, merged: bool = True
-        ) -> tuple[Rows | AttentionParts, KVCache]:
-            qkv = qkv.reshape(qkv.shape[0], *cache.k.shape[1:3], -1)
+        def of_layer(cache: KVCache, layer: int | Array) -> DecodeAttend:
             prompt, kv, slot = (cache.prompt_k, cache.prompt_v, cache.prompt_lengths), (cache.k, cache.v), cache.length
-            how: dict[str, Any] = dict(layer=layer, scale=self.config.score_scale, window=self._window(layer))
-            how |= dict(softcap=self.config.attention_softcap, permuted=permuted, merged=merged)
-            if fused:
-                cos, sin = tables or rope_tables(positions, *self._rope(layer))
-                how |= dict(norms=norms, eps=self.config.rms_norm_eps, bias=bias, dtype=self.dtype)
-                out, k, v, scales = pallas_kernels.rope_attention(
-                    qkv, cos, sin, *prompt, *kv, slot, scales=cache.all_scales, **how
-                )
-                return out, cache.written(k, v, scales)
-            whole = joined(qkv, self.dtype)
-            whole = whole if bias is None else whole + bias[layer].astype(self.dtype)
-            rows = jnp.broadcast_to(positions[:, None], whole.shape[:2])
-            q, *new = self._heads(whole, rows, weights, layer)
-            cache = cache.written(*write_slot(kv, (new[0], new[1]), slot, layer, cache.scales))
-            kv = (cache.k, cache.v)
-            out = pallas_kernels.decode_attention_rows(q, *prompt, *kv, slot + 1, scales=cache.all_scales, **how)
-            return out, cache
+            how: dict[str, Any] = dict(scale=self.config.score_scale, window=self._window(layer))
+            how |= dict(softcap=self.config.attention_softcap)
 
-        return attend
+            def of_group(qkv: Array) -> Array:
+                return qkv.reshape(qkv.shape[0], *cache.k.shape[1:3], -1)
+
+            def new_tokens(qkv: Array) -> NewTokens:
+                cos, sin = tables or rope_tables(positions, *self._rope(layer))
+                return NewTokens(of_group(qkv), cos, sin, *prompt, *kv, slot, norms, bias, cache.all_scales)
+
+            def rows(qkv: Array, permuted: bool) -> tuple[Rows, KVCache]:
+                if fused:
+                    given: dict[str, Any] = dict(eps=self.config.rms_norm_eps, dtype=self.dtype)
+                    given |= new_tokens(qkv)._asdict()
+                    out, k, v, scales = pallas_kernels.rope_attention(**given, layer=layer, permuted=permuted, **how)
+                    return out, cache.written(k, v, scales)
+                whole = joined(of_group(qkv), self.dtype)
+                whole = whole if bias is None else whole + bias[layer].astype(self.dtype)
+                at = jnp.broadcast_to(positions[:, None], whole.shape[:2])
+                q, *new = self._heads(whole, at, weights, layer)
+                after = cache.written(*write_slot(kv, (new[0], new[1]), slot, layer, cache.scales))
+                given = dict(layer=layer, scales=after.all_scales, permuted=permuted)
+                return pallas_kernels.decode_attention_rows(
+                    q, *prompt, after.k, after.v, slot + 1, **given, **how
+                ), after
+
+            return DecodeAttend(rows, new_tokens if fused else None, how, cache.written)
+
+        return of_layer
 
     def _heads(self, qkv: Array, positions: Array, weights: Any, layer: int | Array) -> tuple[Array, Array, Array]:
         """Split the fused projection into heads `[…, heads, Hd]`, norm q and k where the family does, and rotate them."""

@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import AttentionParts, LayerMatrix, decode_layer_mosaic, int4_matmul_mosaic, tuning
+from pallas_kernels import LayerMatrix, NewTokens, decode_layer_mosaic, int4_matmul_mosaic, tuning
 from pallas_kernels.codes import PER_BYTE
 from tests.rollout.gpu_program import h200
 
-GROUP, LAYERS, N, K, RANK, MULTIPROCESSORS = 64, 2, 2048, 2048, 128, 132
+GROUP, LAYERS, N, K, RANK, MULTIPROCESSORS, KV_HEADS = 64, 2, 2048, 2048, 128, 132, 2
 DTYPES = {"int4": jnp.uint8, "int8": jnp.int8}
 
 
@@ -46,19 +46,26 @@ def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...]]]:
 
 
 def layer_said_by_ptxas(shapes: tuple, configs: tuple[tuning.Int4Config, ...], sharding) -> str:
-    """Of a layer's kernel for a tile of rows and parts of an attention with heads of 128."""
-    m, heads, width = configs[0].block_m, configs[0].block_m * shapes[0][1] // 128, shapes[0][0]
+    """Of a layer's kernel for a tile of rows, which begins with an attention of eight completions a question and heads of 128."""
+    m, width, heads = configs[0].block_m, shapes[0][0], shapes[0][1] // 128
+    questions, qkv = m // 8, (heads + 2 * KV_HEADS) * 128
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    parts = AttentionParts(array((heads, 3, 2), jnp.float32), array((heads, 3, 128), jnp.float32))
+    prompt = array((LAYERS, questions, KV_HEADS, 256, 128), jnp.bfloat16)
+    suffix = array((LAYERS, questions, 8, KV_HEADS, 512, 128), jnp.bfloat16)
+    tables = [array((questions, 64), jnp.float32)] * 2
+    lengths, slot = array((questions,), jnp.int32), array((), jnp.int32)
+    sums, bias = array((2, questions, 8, qkv), jnp.float32), array((LAYERS, qkv), jnp.bfloat16)
+    own_norms = (array((LAYERS, 128), jnp.bfloat16),) * 2
+    tokens = NewTokens(sums, *tables, prompt, prompt, lengths, suffix, suffix, slot, own_norms, bias)
     matrices = [LayerMatrix(array((1, n, k), jnp.uint8), array((1, k // GROUP, n), jnp.bfloat16)) for n, k in shapes]
     norms = (array((LAYERS, width), jnp.bfloat16),) * 2
-    operands = (parts, array((m, width), jnp.bfloat16), norms, array((), jnp.int32), array((1,), jnp.int32), matrices)
+    operands = (tokens, array((m, width), jnp.bfloat16), norms, array((), jnp.int32), array((1,), jnp.int32), matrices)
 
     def layer(*operands):
-        how = dict(configs=configs, programs=MULTIPROCESSORS, eps=1e-6, activation="silu")
+        how = dict(configs=configs, programs=MULTIPROCESSORS, eps=1e-6, activation="silu", scale=0.1)
         return decode_layer_mosaic.decode_layer(*operands, **how)
 
     return what_ptxas_says(layer, *operands)

@@ -7,7 +7,6 @@ unpacking runs. On a GPU both inline PTX and bfloat16 run; float32 would mean tf
 
 import os
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 import triton.language as tl
@@ -25,7 +24,6 @@ from pallas_kernels import (
     rope_cache_triton,
 )
 from pallas_kernels.codes import NF4, PER_BYTE
-from pallas_kernels.rows import AttentionParts, merge_parts
 from pallas_kernels.tuning import WGMMA, AttentionConfig, DenseConfig, GatedConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
@@ -156,9 +154,6 @@ def decode_attention(
         triton_kernels.merge_kernel[(rows,)](*parts, *results, **sizes)
     out, reordered = results
     assert torch.equal(reordered, permuted(out))
-    if splits > 1:  # and as a consumer merges them
-        merged = merge_parts(AttentionParts(*(jnp.asarray(part.cpu().numpy()) for part in parts)))
-        np.testing.assert_allclose(merged, out.cpu().numpy(), rtol=1e-5, atol=1e-5)
     return out.cpu().numpy().reshape(q.shape)
 
 

@@ -5,23 +5,34 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Rows, decode_layer, dispatch, has_layer_kernel, interleave_gate, tuning
-from tests.pallas_kernels.decode_layers import EPS, expected, random_layer
+from tests.pallas_kernels.decode_layers import EPS, expected, expected_attention, random_layer, random_tokens
 from tests.pallas_kernels.oracles import relative_error
 
 LLAMA_8B = [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
 HOPPER = dispatch.Device("gpu", (9, 0), True, "a GPU without measured blocks", True, 132)
 
 
-@pytest.mark.parametrize("depth", [None, 64])
+@pytest.mark.parametrize("attends", [False, True])
 @pytest.mark.parametrize("qkv", [192, None])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_the_twin_computes_a_layer(activation, qkv, depth):
-    layer = random_layer(np.random.default_rng(0), 5, 128, 256, 160, qkv, depth, group=32)
-    attended = layer.parts or Rows(layer.attended)
+def test_the_twin_computes_a_layer(activation, qkv, attends):
+    rng = np.random.default_rng(0)
+    layer, tokens = (
+        random_layer(rng, 6, 128, 256, 160, qkv, group=32),
+        random_tokens(rng, 2, 3, 2, 2, 64, 9, 20, 7, biased=False),
+    )
+    finite = tokens._replace(
+        **{name: jnp.nan_to_num(getattr(tokens, name)) for name in ("prompt_k", "prompt_v", "k", "v")}
+    )
+    rows, *caches = expected_attention(tokens, 2, 0.2) if attends else (None, [])
     counter = jnp.zeros((1,), jnp.int32)
-    how = dict(layer=jnp.int32(2), eps=EPS, activation=activation)
-    residual, result, _ = decode_layer(attended, layer.residual, layer.norms, layer.matrices, counter, **how)
-    want_residual, want = expected(layer, 2, activation)
+    how = dict(layer=jnp.int32(2), eps=EPS, activation=activation, scale=0.2)
+    attended = finite if attends else Rows(layer.attended)
+    residual, result, _, written = decode_layer(attended, layer.residual, layer.norms, layer.matrices, counter, **how)
+    want_residual, want = expected(layer, 2, activation, rows)
+    assert (written is not None) == attends
+    for cache, exact in zip(written[:2] if written else [], caches, strict=False):
+        np.testing.assert_allclose(np.asarray(cache, np.float64), np.nan_to_num(exact), rtol=8e-3, atol=8e-3)
     assert relative_error(np.asarray(residual, np.float64), want_residual) < 8e-3
     assert relative_error(np.asarray(result, np.float64).reshape(want.shape), want) < 8e-3
 
@@ -39,24 +50,49 @@ def test_what_cannot_run_is_said():
     how = dict(layer=0, eps=EPS, activation="silu")
     with pytest.raises(ValueError, match="implementation='triton' is unknown"):
         decode_layer(*arguments, **how, implementation="triton")
+    tokens = random_tokens(np.random.default_rng(0), 1, 5, 1, 2, 64, 9, 20, 7)
+    with pytest.raises(ValueError, match="needs the scale of its scores"):
+        decode_layer(tokens, *arguments[1:], **how)
     with pytest.raises(ValueError, match=r"the kernel cannot run 5 rows with matrices \(\(128, 128\)"):
         decode_layer(*arguments, **how, implementation="mosaic")
 
 
-def test_heads_that_the_kernel_cannot_merge_are_refused(monkeypatch):
-    layer = random_layer(np.random.default_rng(0), 5, 128, 128, 128, None, depth=32)
-    monkeypatch.setattr(dispatch, "current_device", lambda: HOPPER)
-    with pytest.raises(ValueError, match=r"merges heads of \(64, 128, 256\), got 32; give it merged Rows"):
-        decode_layer(
-            layer.parts,
-            layer.residual,
-            layer.norms,
-            layer.matrices,
-            jnp.zeros((1,), jnp.int32),
-            layer=0,
-            eps=EPS,
-            activation="silu",
-        )
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"tiles": 53}, None),
+        ({"head_dim": 64}, None),
+        ({"has_window": True}, "no window and no soft-cap"),
+        ({"softcap": 30.0}, "no window and no soft-cap"),
+        ({"cache_dtype": jnp.int8}, "must be bfloat16, got int8"),
+        ({"dtype": jnp.float16}, "bfloat16 rows, got float16"),
+        ({"head_dim": 256}, "64 or 128, got 256"),
+        ({"share": 33}, "no more than 32 queries, got 33"),
+        ({"tiles": 52}, "52 tiles are not about one for each of 132"),
+        ({"tiles": 133}, "133 tiles are not"),
+    ],
+)
+def test_rule_of_the_attention(changes, reason):
+    given = dict(dtype=jnp.bfloat16, head_dim=128, share=6, tiles=128, has_window=False, softcap=None)
+    problem = dispatch.layer_attention_problem(HOPPER, **(given | dict(cache_dtype=jnp.bfloat16) | changes))
+    assert problem is None if reason is None else reason in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("questions", "group", "kv_heads", "share", "tile"),
+    [
+        (8, 8, 2, 6, (1, 128)),
+        (8, 8, 8, 3, (4, 128)),
+        (2, 8, 8, 4, (1, 128)),
+        (1, 5, 2, 3, (1, 10)),
+        (64, 1, 8, 4, (1, 512)),
+        (8, 8, 8, 32, (1, 512)),  # no room for two generations
+        (3, 7, 8, 1, (2, 96)),
+    ],
+)
+def test_tiles_are_no_more_than_programs_where_they_have_room(questions, group, kv_heads, share, tile):
+    assert tuning.layer_attention_tile(questions, group, kv_heads, share, 132) == tile
 
 
 @pytest.mark.parametrize(

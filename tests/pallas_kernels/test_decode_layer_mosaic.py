@@ -14,61 +14,94 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the detec
 
 from pallas_kernels import decode_layer_mosaic, tuning
 from pallas_kernels.rows import permute_columns
-from tests.pallas_kernels.decode_layers import EPS, expected, random_layer
+from tests.pallas_kernels.decode_layers import EPS, expected, expected_attention, random_layer, random_tokens
 from tests.pallas_kernels.oracles import relative_error
 
 INTERPRET = jax.default_backend() == "cpu"
 PROGRAMS = 3 if INTERPRET else jax.devices()[0].core_count
 TOLERANCE = 8e-3
+SCALE = 0.2
 
 
 @pytest.mark.parametrize(
-    ("m", "width", "heads", "ffn", "qkv", "depth", "splits", "activation"),
+    ("m", "width", "heads", "ffn", "qkv", "splits", "activation"),
     [
-        (5, 256, 256, 384, 384, 64, (2, 1, 3, 1), "silu"),
-        (5, 256, 256, 384, None, 128, (2, 1, 3), "silu"),
-        (33, 256, 512, 512, 256, 128, (2, 1, 2, 2), "gelu_tanh"),
-        (33, 256, 512, 512, None, 256, (1, 1, 4), "silu"),
-        (64, 512, 256, 512, 768, 64, (1, 1, 2, 1), "silu"),
-        (17, 384, 128, 640, 512, 128, (1, 1, 5, 3), "gelu_tanh"),
-        (64, 256, 384, 384, 384, None, (3, 1, 1, 2), "silu"),
-        (9, 256, 256, 384, None, None, (1, 1, 3), "silu"),
+        (5, 256, 256, 384, 384, (2, 1, 3, 1), "silu"),
+        (5, 256, 256, 384, None, (2, 1, 3), "silu"),
+        (33, 256, 512, 512, 256, (2, 1, 2, 2), "gelu_tanh"),
+        (64, 512, 256, 512, 768, (1, 1, 2, 1), "silu"),
+        (17, 384, 128, 640, 512, (1, 1, 5, 3), "gelu_tanh"),
+        (64, 256, 384, 384, 384, (3, 1, 1, 2), "silu"),
     ],
 )
-def test_layer(m, width, heads, ffn, qkv, depth, splits, activation):
-    """depth: of the heads of an attention in parts; None: its rows are merged."""
-    _check(m, width, heads, ffn, qkv, depth, splits, activation, PROGRAMS)
+def test_layer(m, width, heads, ffn, qkv, splits, activation):
+    _check(m, width, heads, ffn, qkv, splits, activation, PROGRAMS)
 
 
 @pytest.mark.parametrize("qkv", [384, None])
 def test_programs_without_work_keep_pace(qkv):
     """Seven programs: one has no tile of any product, and two no row to norm."""
-    _check(5, 256, 256, 384, qkv, 64, (2, 1, 3, 1)[: 4 if qkv else 3], "silu", 7 if INTERPRET else PROGRAMS)
+    _check(5, 256, 256, 384, qkv, (2, 1, 3, 1)[: 4 if qkv else 3], "silu", 7 if INTERPRET else PROGRAMS)
 
 
 @pytest.mark.parametrize(
-    ("m", "width", "ffn", "depth", "splits", "programs"),
+    ("m", "width", "ffn", "splits", "programs"),
     [
-        (9, 512, 256, None, (1, 1, 2, 1), 3),
-        (64, 256, 256, 64, (2, 1, 1, 1), 3),
-        (33, 768, 128, None, (1, 1, 1, 2), 5),
+        (9, 512, 256, (1, 1, 2, 1), 3),
+        (64, 256, 256, (2, 1, 1, 1), 3),
+        (33, 768, 128, (1, 1, 1, 2), 5),
     ],
 )
-def test_half_tiles(m, width, ffn, depth, splits, programs):
+def test_half_tiles(m, width, ffn, splits, programs):
     """Four tiles of gate and up for three programs: in a second turn two of them take half of the last one; or two tiles, all as halves."""
     if not INTERPRET:
         programs, ffn = PROGRAMS, 64 * (PROGRAMS + 4) if programs == 3 else ffn
-    _check(m, width, 256, ffn, 384, depth, splits, "silu", programs)
+    _check(m, width, 256, ffn, 384, splits, "silu", programs)
 
 
-def _check(m, width, heads, ffn, qkv, depth, splits, activation, programs):
+@pytest.mark.parametrize(
+    ("questions", "group", "kv_heads", "share", "depth", "slots", "slot", "programs", "how"),
+    [
+        (2, 3, 2, 2, 64, (40, 80), 33, 3, {}),  # two tiles of three generations a head: a program has two
+        (
+            1,
+            5,
+            2,
+            3,
+            128,
+            (70, 140),
+            64,
+            5,
+            dict(normed=False),
+        ),  # the new token begins a block, of tiles with one and two generations
+        (
+            2,
+            2,
+            1,
+            6,
+            128,
+            (64, 64),
+            0,
+            5,
+            dict(biased=False, parts=1),
+        ),  # nothing but a prompt, and a program has no tile
+        (1, 4, 1, 12, 64, (1, 200), 191, 3, {}),  # 24 query heads of two generations; the last slot of a block
+    ],
+)
+def test_layer_that_attends(questions, group, kv_heads, share, depth, slots, slot, programs, how):
+    tokens = random_tokens(np.random.default_rng(slot), questions, group, kv_heads, share, depth, *slots, slot, **how)
+    heads, programs = kv_heads * share * depth, programs if INTERPRET else PROGRAMS
+    _check(questions * group, 256, heads, 256, 384, (1, 1, 2, 1), "silu", programs, tokens)
+
+
+def _check(m, width, heads, ffn, qkv, splits, activation, programs, tokens=None):
     """Two in a chain, as far as one follows; the second has other norms. Programs and warp groups never race for memory."""
-    layer = random_layer(np.random.default_rng(m), m, width, heads, ffn, qkv, depth)
+    layer = random_layer(np.random.default_rng(m), m, width, heads, ffn, qkv)
     configs = tuple(tuning.layer_config(max(16, tuning.power_of_two(m)), split) for split in splits)
     counter = jnp.zeros((1,), jnp.int32)
     for number in range(2 if qkv else 1):
-        residual, result, counter = decode_layer_mosaic.decode_layer(
-            permute_columns(layer.attended) if layer.parts is None else layer.parts,
+        residual, result, counter, caches = decode_layer_mosaic.decode_layer(
+            permute_columns(layer.attended) if tokens is None else tokens,
             layer.residual,
             layer.norms,
             number,
@@ -78,9 +111,16 @@ def _check(m, width, heads, ffn, qkv, depth, splits, activation, programs):
             programs=programs,
             eps=EPS,
             activation=activation,
+            scale=SCALE,
             interpret=INTERPRET,
         )
-        want_residual, want = expected(layer, number, activation)
+        rows = None
+        if tokens is not None:
+            rows, *want_caches = expected_attention(tokens, number, SCALE)
+            for cache, want in zip(caches, want_caches, strict=True):
+                np.testing.assert_allclose(np.asarray(cache, np.float64), want, rtol=8e-3, atol=8e-3)
+            tokens = tokens._replace(k=caches[0], v=caches[1])
+        want_residual, want = expected(layer, number, activation, rows)
         assert relative_error(np.asarray(residual, np.float64), want_residual) < TOLERANCE
         result = np.asarray(result, np.float64)
         assert relative_error(result.sum(0) if qkv else result, want) < TOLERANCE

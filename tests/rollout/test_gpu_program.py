@@ -22,8 +22,8 @@ CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads
 MATRICES = {int(np.prod(shape)) for shape in matrix_shapes(built.CONFIG).values()}
 OUTSIDE_OF_LAYERS = 11
 """Kernels of a step beside its layers': head, draw, record, embedding, angles, counters (docs/benchmarks.md)."""
-OF_A_LAYER = {"bf16": 7, "int8": 2, "int4": 12}
-"""With a merged copy; of one in 8 bits all between two attentions is one; with an int4 base and adapter there are four products more."""
+OF_A_LAYER = {"bf16": 7, "int8": 1, "int4": 12}
+"""With a merged copy, of one in 8 bits all in one; with an int4 base and adapter there are four products more."""
 IN_FRONT_OF_LAYERS = {"bf16": 0, "int8": 3, "int4": 0}
 """Of a copy in 8 bits the first layer's norm, which others count with the layer before, and qkv, and the counter for programs to meet at."""
 PADDED = {"bf16": 0, "int8": 0, "int4": 1}
