@@ -130,10 +130,9 @@ def _attends(tokens: NewTokens, dtype, window, softcap) -> bool:
     device, (_, questions, group, kv_heads, _, head_dim) = dispatch.current_device(), tokens.k.shape
     share = tokens.qkv.shape[-1] // head_dim // kv_heads - 2
     _, tiles = tuning.layer_attention_tile(questions, group, kv_heads, share, device.multiprocessors)
-    problem = dispatch.layer_attention_problem(
-        device, dtype, head_dim, share, tiles, window is not None, softcap, tokens.k.dtype
-    )
-    return problem is None
+    how = (head_dim, share, tiles, window is not None, softcap, tokens.k.dtype)
+    slots = (tokens.prompt_k.size // head_dim, tokens.k.size // head_dim)
+    return dispatch.layer_attention_problem(device, dtype, *how, slots) is None
 
 
 def has_layer_kernel(m: int, shapes: Sequence[tuple[int, int]], dtype, scales_dtype) -> bool:

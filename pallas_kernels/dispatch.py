@@ -116,12 +116,20 @@ LAYER_QUERIES = 32
 
 
 def layer_attention_problem(
-    device: Device, dtype, head_dim: int, share: int, tiles: int, has_window: bool, softcap: float | None, cache_dtype
+    device: Device,
+    dtype,
+    head_dim: int,
+    share: int,
+    tiles: int,
+    has_window: bool,
+    softcap: float | None,
+    cache_dtype,
+    cache_slots: tuple[int, int],
 ) -> str | None:
     """Why the kernel of a decode step's layer cannot begin with its attention; None when it can, and then it is faster.
 
     Every program takes one of the `tiles` of a few generations and a kv head, `share` query heads each: more would follow each
-    other, and far fewer would leave multiprocessors idle.
+    other, and far fewer would leave multiprocessors idle. `cache_slots`: of all prompts and of all suffixes, in all layers.
     """
     if has_window or softcap is not None:
         return "it has no window and no soft-cap of scores"
@@ -131,6 +139,8 @@ def layer_attention_problem(
         return f"keys and values must be bfloat16, got {jnp.dtype(cache_dtype).name}"
     if head_dim not in (64, 128):
         return f"head_dim must be 64 or 128, got {head_dim}"
+    if any(slots % 8 for slots in cache_slots):
+        return f"the hardware copies eight slots of a cache together, got {cache_slots[0]} and {cache_slots[1]}"
     if share > LAYER_QUERIES:
         return f"a key has no more than {LAYER_QUERIES} queries, got {share}"
     if not 0.4 * device.multiprocessors <= tiles <= device.multiprocessors:

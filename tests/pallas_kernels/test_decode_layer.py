@@ -69,13 +69,15 @@ def test_what_cannot_run_is_said():
         ({"dtype": jnp.float16}, "bfloat16 rows, got float16"),
         ({"head_dim": 256}, "64 or 128, got 256"),
         ({"share": 33}, "no more than 32 queries, got 33"),
+        ({"cache_slots": (16, 12)}, "eight slots of a cache together, got 16 and 12"),
         ({"tiles": 52}, "52 tiles are not about one for each of 132"),
         ({"tiles": 133}, "133 tiles are not"),
     ],
 )
 def test_rule_of_the_attention(changes, reason):
     given = dict(dtype=jnp.bfloat16, head_dim=128, share=6, tiles=128, has_window=False, softcap=None)
-    problem = dispatch.layer_attention_problem(HOPPER, **(given | dict(cache_dtype=jnp.bfloat16) | changes))
+    given |= dict(cache_dtype=jnp.bfloat16, cache_slots=(64, 128))
+    problem = dispatch.layer_attention_problem(HOPPER, **(given | changes))
     assert problem is None if reason is None else reason in str(problem)
 
 

@@ -62,33 +62,15 @@ def test_half_tiles(m, width, ffn, splits, programs):
 @pytest.mark.parametrize(
     ("questions", "group", "kv_heads", "share", "depth", "slots", "slot", "programs", "how"),
     [
-        (2, 3, 2, 2, 64, (40, 80), 33, 3, {}),  # two tiles of three generations a head: a program has two
-        (
-            1,
-            5,
-            2,
-            3,
-            128,
-            (70, 140),
-            64,
-            5,
-            dict(normed=False),
-        ),  # the new token begins a block, of tiles with one and two generations
-        (
-            2,
-            2,
-            1,
-            6,
-            128,
-            (64, 64),
-            0,
-            5,
-            dict(biased=False, parts=1),
-        ),  # nothing but a prompt, and a program has no tile
-        (1, 4, 1, 12, 64, (1, 200), 191, 3, {}),  # 24 query heads of two generations; the last slot of a block
+        (2, 3, 2, 2, 64, (40, 80), 33, 3, {}),
+        (1, 5, 2, 3, 128, (72, 140), 64, 5, dict(normed=False)),
+        (2, 2, 1, 6, 128, (64, 64), 0, 5, dict(biased=False, parts=1)),
+        (1, 4, 1, 12, 64, (8, 200), 191, 3, {}),
     ],
 )
 def test_layer_that_attends(questions, group, kv_heads, share, depth, slots, slot, programs, how):
+    """In the interpreter: programs with two tiles; a new token that begins a block; no token but the prompt's, and a program without a tile;
+    24 query heads, and the last slot of a block."""
     tokens = random_tokens(np.random.default_rng(slot), questions, group, kv_heads, share, depth, *slots, slot, **how)
     heads, programs = kv_heads * share * depth, programs if INTERPRET else PROGRAMS
     _check(questions * group, 256, heads, 256, 384, (1, 1, 2, 1), "silu", programs, tokens)
