@@ -10,7 +10,14 @@ Operations on layers take the stack of all layers and a layer index: a slice in 
 from pallas_kernels.add_rms_norm import add_rms_norm, rms_norm
 from pallas_kernels.codes import NF4, dequantize
 from pallas_kernels.decode_attention import decode_attention, decode_attention_rows
-from pallas_kernels.decode_layer import Caches, LayerMatrix, decode_layer, has_layer_kernel, interleave_gate
+from pallas_kernels.decode_layer import (
+    Caches,
+    LayerMatrix,
+    decode_layer,
+    has_layer_kernel,
+    interleave_gate,
+    layer_counter,
+)
 from pallas_kernels.dense_matmul import dense_partial_sums
 from pallas_kernels.draw_token import draw_token
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
@@ -43,6 +50,7 @@ __all__ = [
     "int4_partial_sums",
     "interleave_gate",
     "joined",
+    "layer_counter",
     "reads_permuted",
     "rms_norm",
     "rope_and_cache",

@@ -45,9 +45,14 @@ class DecodedLayer(NamedTuple):
     residual: Float[Array, "M D"]
     following: Float[Array, "S M N"] | Float[Array, "M D"]
     """Partial sums of the next layer's qkv; of the last layer, its normed rows."""
-    counter: Int32[Array, "1"]
+    counter: Int32[Array, "2"]
     caches: Caches | None
     """None where the layer was given rows that had attended."""
+
+
+def layer_counter() -> Int32[Array, "2"]:
+    """What a chain of layers begins with: programs that came to a meeting, and pieces that are stored, none so far."""
+    return jnp.zeros((2,), jnp.int32)
 
 
 def decode_layer(
@@ -55,7 +60,7 @@ def decode_layer(
     residual: Float[Array, "M D"],
     norms: tuple[Float[Array, "L D"], Float[Array, "L D"]],
     matrices: Sequence[LayerMatrix],
-    counter: Int32[Array, "1"],
+    counter: Int32[Array, "2"],
     *,
     layer: Int[Array, ""] | int,
     eps: float,
@@ -73,7 +78,7 @@ def decode_layer(
       attended: what the attention is given, or the heads' outputs, of which the kernel reads permuted columns.
       norms: stacks of the norm in front of gate_up and of the one that follows the layer; RMS norms, no offset.
       matrices: out, gate_up, down and, of a layer that is not the last, qkv of the next one.
-      counter: [0] for layer 0, then what the layer before returned; the kernel's programs meet there.
+      counter: `layer_counter()` for layer 0, then what the layer before returned; the kernel's programs meet there.
       layer: index into the norms and caches, and the number of layers that the counter has seen.
       eps: of all norms.
       activation: one of `gated_activation.ACTIVATIONS`.

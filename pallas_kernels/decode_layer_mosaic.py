@@ -17,8 +17,9 @@ takes the counter along, starting from 0, and each knows from its number in the 
 same time because there is one for each multiprocessor, and whatever ran there before ends without waiting for them; a program that
 waits for seconds all the same ends with an error.
 
-Sums of gate and up are needed whole, so their K is not split between programs. Where the tiles that a last turn has are few, they are
-taken as halves: both warp groups multiply the same 64 rows of weights, each by every other block of K, and one hands its sums to the other.
+Sums of gate and up are needed whole, so their K is not split between programs. Where whole turns leave a few tiles, a last turn of them
+would have most programs wait for a few: K of these tiles is cut into pieces instead, which programs multiply and store first, each before its
+tiles. Programs that had no piece are done before the others, and add the pieces up; a second count says that all are there.
 
 Rows of gate and up alternate by eights (`interleave_gate`), so that a thread's accumulators hold both of a pair. Activations have
 permuted columns between the products (`rows.permute_columns`), as the products read them.
@@ -47,7 +48,7 @@ from pallas_kernels.mosaic_layer_attention import (
     Given,
     attention_memory,
 )
-from pallas_kernels.mosaic_layer_plan import Handed, Layer, Operands, Product, Refs
+from pallas_kernels.mosaic_layer_plan import Layer, Operands, Pieces, Product, Refs
 from pallas_kernels.mosaic_layer_roles import copy_weights, copy_x, multiply
 from pallas_kernels.mosaic_ring import Slots
 from pallas_kernels.rope_attention import NewTokens
@@ -92,24 +93,27 @@ def _launch(
     ]
     left[1] = jax.ShapeDtypeStruct((m, weights[1][0].shape[1] // 2), dtype)
     normed, heads = (jax.ShapeDtypeStruct((m, k), dtype) for k in (width, weights[0][0].shape[2]))
-    # What products leave, the residual, the rows after out and after down, and the attention's.
+    # What products leave, the residual, the rows after out and after down, the attention's, and sums of pieces.
     outputs = [*left, normed, normed, normed, *([heads] if attention else [])]
+    if cut := layer.cut:
+        outputs.append(jax.ShapeDtypeStruct((cut.parts, m, cut.tiles * configs[1].block_n), jnp.float32))
     if attention:
         attended = attended._replace(suffix=tuple(map(jax.new_ref, attended.suffix)))
     given, tree = jax.tree.flatten(attended)
 
     def kernel(*refs):
         given, inputs, left, stored, shared = _cut(
-            refs, tree.num_leaves, 5 + 2 * len(products), len(products), 3 + bool(attention)
+            refs, tree.num_leaves, 5 + 2 * len(products), len(products), len(outputs) - len(products)
         )
         attended, memory, barriers = tree.unflatten(given), *shared
         residual, post_norm, following_norm, number, counter, *flat = inputs
-        residual_out, after_out, after_down, *heads = stored
+        residual_out, after_out, after_down, *others = stored
+        pieces = Pieces(others.pop(), counter.at[pl.ds(1, 1)], barriers.all_stored) if cut else None
         of_products, of_attention = memory.either
         if attention:
             ring = Slots((of_attention.ring,), *barriers.keys)
             of_attention = AttentionRefs(attended, ring, of_attention, barriers.together, barriers.attended)
-            (attended,) = heads
+            (attended,) = others
         x_of = (attended, after_out, left[1], after_down)
         operands = [Operands(*of) for of in zip(x_of, flat[::2], flat[1::2], left, strict=False)]
         ours = Refs(
@@ -117,13 +121,13 @@ def _launch(
             residual,
             (post_norm, following_norm),
             number,
-            counter,
+            counter.at[pl.ds(0, 1)],
             residual_out,
             (after_out, after_down),
             Slots((of_products.packed, memory.scales), *barriers.weights),
             Slots((of_products.x,), *barriers.x),
             memory.left,
-            Handed(of_products.sums, barriers.handed) if layer.has_halves else None,
+            pieces,
             barriers.stored,
             barriers.met,
             memory.squares,
@@ -176,8 +180,6 @@ class _OfProducts(NamedTuple):
     """Shared memory that the products use."""
 
     packed: Any
-    sums: Any
-    """Of half tiles; None: there are none."""
     x: Any
 
 
@@ -192,7 +194,7 @@ class _Memory(NamedTuple):
 
 
 class _Barriers(NamedTuple):
-    """Of the rings (full, empty), and those that `Refs`, `Handed` and `AttentionRefs` have."""
+    """Of the rings (full, empty), and those that `Refs`, `Pieces` and `AttentionRefs` have."""
 
     weights: tuple[Any, Any]
     x: tuple[Any, Any]
@@ -200,19 +202,16 @@ class _Barriers(NamedTuple):
     stored: Any
     met: Any
     all_here: Any
-    handed: Any
+    all_stored: Any
     together: Any
     attended: Any
 
 
 def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> _Memory:
-    plan, attention, stages = layer.products[0].plan, layer.attention, layer.stages
-    config, parts = plan.config, layer.weight_copies // 2
-    # Eight columns more than it needs: threads that access it together meet other banks.
-    sums = plgpu.SMEM((ROWS, config.block_m + 8), jnp.float32) if layer.has_halves else None
+    plan, attention = layer.products[0].plan, layer.attention
+    config, stages = plan.config, plan.config.stages
     of_products = _OfProducts(
         plgpu.SMEM((stages, config.block_n, plan.block_bytes), packed_dtype, transforms=tiled(plan.block_bytes, 1)),
-        sums,
         plgpu.SMEM((LAYER_X_STAGES, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2)),
     )
     either, left = (of_products, None), None
@@ -225,7 +224,7 @@ def _memory(layer: Layer, x_dtype, packed_dtype, scales_dtype) -> _Memory:
         left = plgpu.SMEM(shape, x_dtype, transforms=tiled(swizzle_bytes(plan.group), 2))
     return _Memory(
         either,
-        plgpu.SMEM((stages, parts, plan.groups, config.block_n // parts), scales_dtype),
+        plgpu.SMEM((stages, plan.groups, config.block_n), scales_dtype),
         left,
         plgpu.SMEM((4 * layer.warpgroups,), jnp.float32),
     )
@@ -238,14 +237,18 @@ def _barriers(layer: Layer) -> _Barriers:
     def ring(stages: int, copies: int, readers: int = layer.warpgroups) -> tuple:
         return barrier(copies, num_barriers=stages), barrier(readers, num_barriers=stages)
 
+    def of_interpreter(arrivals: int):
+        """Of all programs."""
+        return plgpu.ClusterBarrier(collective_axes=("program",), num_arrivals=arrivals) if layer.interpret else None
+
     return _Barriers(
-        weights=ring(layer.stages, layer.weight_copies),
+        weights=ring(layer.products[0].plan.config.stages, 2),
         x=ring(LAYER_X_STAGES, 1),
         keys=ring(layer.key_stages, PIECES, 1) if layer.attention else None,
         stored=barrier(layer.warpgroups),
         met=barrier(1),
-        all_here=plgpu.ClusterBarrier(collective_axes=("program",)) if layer.interpret else None,
-        handed=barrier(1) if layer.has_halves else None,
+        all_here=of_interpreter(1),
+        all_stored=of_interpreter(layer.warpgroups) if layer.cut else None,
         together=barrier(layer.warpgroups) if layer.attention else None,
         attended=barrier(layer.warpgroups) if layer.attention else None,
     )
@@ -281,7 +284,7 @@ def decode_layer(
       residual: [M, D].
       norms: stacks [L, D] of the norm in front of gate_up and of the one that follows the layer.
       number: of the layer, int or int32 [].
-      counter: int32 [1], 0 for layer 0, then what the layer before returned.
+      counter: int32 [2], 0 for layer 0, then what the layer before returned.
       weights: (bytes uint8 [1, N, K], scales bfloat16 [1, K/G, N]) of out, gate_up (`interleave_gate`), down and the next layer's qkv.
       configs: each product's blocks, all with the same tile and stages; gate_up's K is not split.
       programs: multiprocessors of the GPU.

@@ -75,10 +75,11 @@ class Plan(NamedTuple):
         """Bytes of a row of a block of weights."""
         return self.config.block_k // PER_BYTE[self.code]
 
-    def split(self, index) -> tuple:
-        """The first block of a K split, and the one after its last."""
+    def split(self, index, splits: int | None = None) -> tuple:
+        """The first block of a K split, of the config's or of so many, and the one after its last."""
         # Not `//`: Mosaic's lowering of its signs took a third of a rollout's.
-        return tuple(lax.div(jnp.int32(end * self.steps), jnp.int32(self.config.split_k)) for end in (index, index + 1))
+        splits = self.config.split_k if splits is None else splits
+        return tuple(lax.div(jnp.int32(end * self.steps), jnp.int32(splits)) for end in (index, index + 1))
 
     def turns(self) -> Any:
         """Tiles that this program takes."""

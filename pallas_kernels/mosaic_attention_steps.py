@@ -12,61 +12,11 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.mosaic_instructions import ROWS, tiled
+from pallas_kernels.mosaic_instructions import ROWS, Numbers, tiled
 from pallas_kernels.rows import permute_columns
 
 AT_A_TIME = 4
 """Heads whose loads a warp begins before it waits for the first."""
-
-
-class _Numbers:
-    """int32 arithmetic of values and Python numbers."""
-
-    def __init__(self) -> None:
-        self.i32 = ir.IntegerType.get_signless(32)
-
-    def value(self, number):
-        return number if isinstance(number, ir.Value) else utils.c(number, self.i32)
-
-    def add(self, *terms):
-        total = self.value(terms[0])
-        for term in terms[1:]:
-            total = arith.addi(total, self.value(term))
-        return total
-
-    def sub(self, value, other):
-        return arith.subi(self.value(value), self.value(other))
-
-    def mul(self, value, other):
-        return arith.muli(self.value(value), self.value(other))
-
-    def div(self, value, other):
-        return arith.divui(self.value(value), self.value(other))
-
-    def rem(self, value, other):
-        return arith.remui(self.value(value), self.value(other))
-
-    def xor(self, value, other):
-        return arith.xori(self.value(value), self.value(other))
-
-    def below(self, value, limit):
-        return arith.cmpi(arith.CmpIPredicate.ult, self.value(value), self.value(limit))
-
-    def equal(self, value, other):
-        return arith.cmpi(arith.CmpIPredicate.eq, self.value(value), self.value(other))
-
-    def least(self, value, other):
-        return arith.minui(self.value(value), self.value(other))
-
-    def either(self, condition, value, other):
-        return arith.select(condition, self.value(value), self.value(other))
-
-    def swizzled(self, row, column, width: int):
-        """Byte of a 16-bit element of a matrix of rows of `width`, in tiles of 8 rows of 128 bytes whose chunks of 16 are swizzled."""
-        line = self.rem(row, 8)
-        tile = self.add(self.mul(self.div(row, 8), width // 64), self.div(column, 64))
-        inside = self.xor(self.mul(self.rem(column, 64), 2), self.mul(line, 16))
-        return self.add(self.mul(tile, 1024), self.mul(line, 128), inside)
 
 
 def _scalars(given) -> list:
@@ -100,7 +50,7 @@ def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpr
     )
     def rotate(_, qkv, cos, sin, bias, q_norm, k_norm, queries, new, *scalars):
         question, generation, head, members, layer = _scalars(scalars)
-        of, f32, bf16 = _Numbers(), ir.F32Type.get(), ir.BF16Type.get()
+        of, f32, bf16 = Numbers(), ir.F32Type.get(), ir.BF16Type.get()
         wide, narrow = ir.VectorType.get((each,), f32), ir.VectorType.get((each,), bf16)
 
         def load(ref, offset):
@@ -248,7 +198,7 @@ def complete(slots, new, used, takes_new, *, zeros: bool, interpret: bool) -> No
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(128, 2)), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 2))
     def put(_, slots, new, *scalars):
         used, takes_new = _scalars(scalars)
-        of, bf16, byte = _Numbers(), ir.BF16Type.get(), ir.IntegerType.get_signless(8)
+        of, bf16, byte = Numbers(), ir.BF16Type.get(), ir.IntegerType.get_signless(8)
         eight, chunks = ir.VectorType.get((8,), bf16), depth // 8
         zero = arith.constant(eight, ir.DenseElementsAttr.get_splat(eight, ir.FloatAttr.get(bf16, 0.0)))
         thread, takes_new = of.rem(utils.thread_idx(), 128), of.equal(takes_new, 1)
@@ -287,7 +237,7 @@ def _reduce_columns(values, memory, op):
         return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0)),
     )
     def reduce(_, values, memory):
-        of, f32 = _Numbers(), ir.F32Type.get()
+        of, f32 = Numbers(), ir.F32Type.get()
         pair, layout = ir.VectorType.get((2,), f32), fragmented_array.WGMMA_LAYOUT.reduce((0,))
         lane, warp = of.rem(utils.thread_idx(), 32), of.rem(of.div(utils.thread_idx(), 32), 4)
         own = of.add(of.mul(warp, columns), of.mul(lane, 2))
@@ -327,7 +277,7 @@ def store_weights(weights, out, interpret: bool) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(tiled(128, 2))))
     def store(_, weights, out):
-        of, bf16, byte = _Numbers(), ir.BF16Type.get(), ir.IntegerType.get_signless(8)
+        of, bf16, byte = Numbers(), ir.BF16Type.get(), ir.IntegerType.get_signless(8)
         thread = of.rem(utils.thread_idx(), 128)
         slot = of.add(of.mul(of.div(thread, 32), 16), of.div(of.rem(thread, 32), 4))
         head = of.mul(of.rem(thread, 4), 2)
@@ -356,7 +306,7 @@ def leave_softmax(values, highest, total, memory, interpret: bool) -> None:
         )
     )
     def leave(_, values, highest, total, memory, stats):
-        of, f32 = _Numbers(), ir.F32Type.get()
+        of, f32 = Numbers(), ir.F32Type.get()
         stride = ir.MemRefType(memory.type).shape[1]
         thread = of.rem(utils.thread_idx(), 128)
         row = of.add(of.mul(of.div(thread, 32), 16), of.div(of.rem(thread, 32), 4))
@@ -385,7 +335,7 @@ def store_heads(attention, memory, unit, out, threads: int, interpret: bool) -> 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[plgpu.Layout.WG_SPLAT] * 3))
     def store(_, values, stats, out, *scalars):
         generation, head, members = _scalars(scalars)
-        of, f32, bf16 = _Numbers(), ir.F32Type.get(), ir.BF16Type.get()
+        of, f32, bf16 = Numbers(), ir.F32Type.get(), ir.BF16Type.get()
         wide, pair = ir.VectorType.get((each,), f32), ir.VectorType.get((2,), bf16)
         groups, count, stride = ir.MemRefType(values.type).shape
 

@@ -61,6 +61,67 @@ mul.rn.bf16x2 $3, d, $5;
 }"""
 
 
+class Numbers:
+    """int32 arithmetic of values and Python numbers, for instructions."""
+
+    def __init__(self) -> None:
+        self.i32 = ir.IntegerType.get_signless(32)
+
+    def value(self, number):
+        """Of a number, a constant."""
+        return number if isinstance(number, ir.Value) else utils.c(number, self.i32)
+
+    def add(self, *terms):
+        """The sum of all."""
+        total = self.value(terms[0])
+        for term in terms[1:]:
+            total = arith.addi(total, self.value(term))
+        return total
+
+    def sub(self, value, other):
+        """value - other."""
+        return arith.subi(self.value(value), self.value(other))
+
+    def mul(self, value, other):
+        """value * other."""
+        return arith.muli(self.value(value), self.value(other))
+
+    def div(self, value, other):
+        """value // other, neither below 0."""
+        return arith.divui(self.value(value), self.value(other))
+
+    def rem(self, value, other):
+        """value % other, neither below 0."""
+        return arith.remui(self.value(value), self.value(other))
+
+    def xor(self, value, other):
+        """value ^ other."""
+        return arith.xori(self.value(value), self.value(other))
+
+    def below(self, value, limit):
+        """value < limit, neither below 0."""
+        return arith.cmpi(arith.CmpIPredicate.ult, self.value(value), self.value(limit))
+
+    def equal(self, value, other):
+        """value == other."""
+        return arith.cmpi(arith.CmpIPredicate.eq, self.value(value), self.value(other))
+
+    def least(self, value, other):
+        """The smaller one, neither below 0."""
+        return arith.minui(self.value(value), self.value(other))
+
+    def either(self, condition, value, other):
+        """value where the condition holds, else other."""
+        return arith.select(condition, self.value(value), self.value(other))
+
+    def swizzled(self, row, column, width: int):
+        """Byte of a 16-bit element of a matrix of rows of `width`, in tiles of 8 rows of 128 bytes whose chunks of 16 are swizzled."""
+        line = self.rem(row, 8)
+        tile = self.add(self.mul(self.div(row, 8), width // 64), self.div(column, 64))
+        inside = self.xor(self.mul(self.rem(column, 64), 2), self.mul(line, 16))
+        return self.add(self.mul(tile, 1024), self.mul(line, 128), inside)
+
+
 def dequantize(packed, scale, code: str, interpret: bool):
     """A group's bytes [64, G/2 or G] and scales bfloat16 [64] -> weights bfloat16 [64, G], in the order of x's permuted columns."""
     per_byte = PER_BYTE[code]

@@ -11,10 +11,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.int4_matmul_mosaic import Plan
-from pallas_kernels.mosaic_instructions import ROWS
 from pallas_kernels.mosaic_layer_attention import Attention, AttentionRefs, key_stages
 from pallas_kernels.mosaic_ring import Slots
 from pallas_kernels.tuning import LAYER_X_STAGES
+
+
+class Cut(NamedTuple):
+    """Tiles of gate and up that whole turns leave, with their K cut into pieces, which as many programs multiply before their own tiles.
+
+    Programs that have no piece add them up at the end.
+    """
+
+    first: int
+    """Of the tiles."""
+    tiles: int
+    parts: int
+    """Pieces of each."""
+
+    @property
+    def pieces(self) -> int:
+        """Of all tiles; the first programs have one each."""
+        return self.tiles * self.parts
 
 
 class Product(NamedTuple):
@@ -31,13 +48,13 @@ class Product(NamedTuple):
         """Tiles times splits of K: what a program takes one of, or several in turn."""
         return self.tiles * self.plan.config.split_k
 
-    def halves(self, programs: int) -> int:
-        """Half tiles that the last turn of gate and up has, if halves of the tiles that are left are enough for the programs; else 0.
-
-        A turn of them takes half a turn of tiles: both warp groups multiply the same 64 rows of weights, each by every other block of K.
-        """
-        left = self.tiles % programs
-        return 2 * left if self.gated and 2 * left <= programs and self.plan.steps % 2 == 0 else 0
+    def cut(self, programs: int) -> Cut | None:
+        """Of gate and up, where the tiles that whole turns leave are so few that at least one program of eight has no piece of them."""
+        turns, left = divmod(self.tiles, programs)
+        if not self.gated or not left:
+            return None
+        parts = min(self.plan.steps, (programs - max(1, programs // 8)) // left)
+        return Cut(turns * programs, left, parts) if parts > 1 else None
 
 
 class Layer(NamedTuple):
@@ -59,58 +76,43 @@ class Layer(NamedTuple):
         return self.products[0].plan.warpgroups
 
     @property
-    def has_halves(self) -> bool:
-        """Whether a product has half tiles, whose sums a warp group hands to the other."""
-        return any(product.halves(self.programs) for product in self.products)
-
-    @property
-    def stages(self) -> int:
-        """Slots for weights; one fewer where sums that are handed over take its room."""
-        return self.products[0].plan.config.stages - self.has_halves
+    def cut(self) -> Cut | None:
+        """Of gate and up."""
+        return self.products[1].cut(self.programs)
 
     @property
     def key_stages(self) -> int:
         """Slots for keys and values, in place of those for weights and x."""
         config = self.products[0].plan.config
-        sums = 4 * ROWS * (config.block_m + 8) if self.has_halves else 0
         rows = 2 * LAYER_X_STAGES * config.block_m * config.block_k
-        return key_stages(self.attention, self.warpgroups, self.stages * config.block_n * config.block_k + sums + rows)
-
-    @property
-    def weight_copies(self) -> int:
-        """That fill a slot of weights: its bytes and its scales, each warp group's apart where half tiles bring them two blocks."""
-        return 2 * (self.warpgroups if self.has_halves else 1)
+        weights = config.stages * config.block_n * config.block_k
+        return key_stages(self.attention, self.warpgroups, weights + rows)
 
     def units(self, product: Product) -> "Iterator[Unit]":
-        """What a program multiplies of a product, in turns; the last one has no blocks where nothing is left."""
-        program, halves = lax.axis_index("program"), product.halves(self.programs)
-        turns = product.tiles // self.programs if halves else math.ceil(product.units / self.programs)
-        for turn in range(turns):
+        """What a program multiplies of a product, in turns: first its piece; the first and the last have no blocks where nothing is left."""
+        program, cut = lax.axis_index("program"), product.cut(self.programs)
+        if cut:
+            tile, part = lax.rem(program, cut.tiles), lax.div(program, cut.tiles)
+            first, last = product.plan.split(part, cut.parts)
+            last = jnp.where(program < cut.pieces, last, first)
+            yield Unit((cut.first + tile) * self.warpgroups, part, first, last, piece=True)
+        for turn in range(math.ceil((cut.first if cut else product.units) / self.programs)):
             unit = program + turn * self.programs
             tile, split = lax.rem(unit, product.tiles), lax.div(unit, product.tiles)
             first, last = product.plan.split(split)
             yield Unit(tile * self.warpgroups, split, first, jnp.where(unit < product.units, last, first))
-        if halves:
-            steps = jnp.where(program < halves, product.plan.steps, 0)
-            yield Unit(turns * self.programs * self.warpgroups + program, 0, 0, steps, half=True)
 
 
 class Unit(NamedTuple):
-    """A tile of a product's weights, or half of one, and the blocks of K from `first` to before `last`."""
+    """A tile of a product's weights, and the blocks of K from `first` to before `last`."""
 
     tile: Any
     """The first of its tiles of `ROWS` rows, one a warp group."""
     split: Any
     first: Any
     last: Any
-    half: bool = False
-    """It has `ROWS` rows, and a slot of the ring of weights two blocks of them."""
-
-    @property
-    def slots(self) -> Any:
-        """Of weights, that it fills."""
-        count = self.last - self.first
-        return lax.div(count, 2) if self.half else count
+    piece: bool = False
+    """Of a tile that is cut."""
 
 
 class Operands(NamedTuple):
@@ -122,11 +124,15 @@ class Operands(NamedTuple):
     out: Any
 
 
-class Handed(NamedTuple):
-    """Sums in shared memory that one warp group hands to the other, and the barrier that says so."""
+class Pieces(NamedTuple):
+    """Sums of the tiles that are cut."""
 
     sums: Any
-    ready: Any
+    """[parts, M, N] in device memory."""
+    counter: Any
+    """Of pieces that are stored, by each warp group, of all layers of the chain."""
+    all_stored: Any
+    """Barrier of the interpreter in its place; None on a GPU."""
 
 
 class Refs(NamedTuple):
@@ -138,6 +144,7 @@ class Refs(NamedTuple):
     number: Any
     """Of the layer, in the chain and in the stacks of norms."""
     counter: Any
+    """Of programs that came to a meeting, of all layers of the chain."""
     residual_out: Any
     rows_out: tuple[Any, Any]
     weights: Slots
@@ -145,8 +152,8 @@ class Refs(NamedTuple):
     x: Slots
     left: Any
     """Of the interpreter: where a warp group puts its left operand; None on a GPU."""
-    handed: Handed | None
-    """None: no product has half tiles."""
+    pieces: Pieces | None
+    """None: no tile is cut."""
     stored: Any
     """Barrier: all warp groups have stored what a step leaves."""
     met: Any
@@ -157,10 +164,3 @@ class Refs(NamedTuple):
     """Barrier of the interpreter, whose programs are one cluster; None on a GPU, where they meet at the counter."""
     attention: AttentionRefs | None
     """None: the launch has none."""
-
-
-class Blocks(NamedTuple):
-    """Numbers of slots of either ring: how many were used before, or the next ones."""
-
-    weights: Any
-    x: Any

@@ -4,8 +4,6 @@
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,9 +13,12 @@ from jax import lax
 from pallas_kernels.int4_matmul_mosaic import Plan, add_product, dequantized_groups
 from pallas_kernels.mosaic_instructions import ROWS
 from pallas_kernels.mosaic_layer_attention import attend, copy_keys_and_values
-from pallas_kernels.mosaic_layer_plan import Blocks, Layer, Operands, Product, Refs, Unit
+from pallas_kernels.mosaic_layer_plan import Cut, Layer, Operands, Product, Refs, Unit
 from pallas_kernels.mosaic_layer_steps import (
     add_norm_row,
+    await_count,
+    count_in,
+    gate_pieces,
     order_copies,
     prefetch,
     store_gated,
@@ -43,31 +44,26 @@ def copy_weights(layer: Layer, refs: Refs) -> None:
     for product, operands in zip(layer.products, refs.operands, strict=False):
         for unit in layer.units(product):
 
-            @pl.loop(unit.first, unit.first + unit.slots)
+            @pl.loop(unit.first, unit.last)
             def _(step, product=product, operands=operands, unit=unit, start=used - unit.first):
                 block = start + step
                 pl.when(block >= IN_FLIGHT)(lambda: refs.weights.await_block(block - IN_FLIGHT))
-                refs.weights.fill(block, _weights_of(layer, product.plan, operands, unit, step))
+                refs.weights.fill(block, _weights_of(product.plan, operands, unit, step))
 
-            used = used + unit.slots
+            used = used + unit.last - unit.first
     if layer.interpret:
         pl.loop(jnp.maximum(0, used - IN_FLIGHT), used)(refs.weights.await_block)
         refs.weights.drain(used)
 
 
-def _weights_of(layer: Layer, plan: Plan, operands: Operands, unit: Unit, step) -> Copies:
-    """Bytes and scales for a slot, in `weight_copies`."""
-    parts = layer.weight_copies // 2
-    size = plan.config.block_n // parts
-
-    def copies(packed, scales):
-        for part in range(parts):
-            tile, block = (unit.tile, 2 * step + part) if unit.half else (unit.tile + part, step)
-            rows, columns = pl.ds(tile * ROWS, size), pl.ds(block * plan.block_bytes, plan.block_bytes)
-            yield operands.packed.at[0, rows, columns], packed.at[pl.ds(part * size, size)]
-            yield operands.scales.at[0, pl.ds(block * plan.groups, plan.groups), rows], scales.at[part]
-
-    return copies
+def _weights_of(plan: Plan, operands: Operands, unit: Unit, step) -> Copies:
+    """Bytes and scales for a slot."""
+    rows, columns = pl.ds(unit.tile * ROWS, plan.config.block_n), pl.ds(step * plan.block_bytes, plan.block_bytes)
+    groups = pl.ds(step * plan.groups, plan.groups)
+    return lambda packed, scales: [
+        (operands.packed.at[0, rows, columns], packed),
+        (operands.scales.at[0, groups, rows], scales),
+    ]
 
 
 def copy_x(layer: Layer, refs: Refs) -> None:
@@ -107,7 +103,7 @@ def copy_x(layer: Layer, refs: Refs) -> None:
 
 def multiply(layer: Layer, refs: Refs) -> None:
     """Multiply what the rings bring; before that attend, and between out and gate_up and after down norm what is this program's."""
-    used, number = Blocks(0, 0), refs.number[0]
+    used, number = 0, refs.number[0]
 
     def meet(*needed_then) -> None:
         plgpu.barrier_arrive(refs.stored)
@@ -126,8 +122,12 @@ def multiply(layer: Layer, refs: Refs) -> None:
             def _(product=product, operands=operands, unit=unit, used=used):
                 _multiply_unit(layer, refs, product, operands, unit, used)
 
-            used = Blocks(used.weights + unit.slots, used.x + unit.last - unit.first)
+            used = used + unit.last - unit.first
+            if unit.piece:
+                _say_stored(layer, refs, unit)
         if name == "gate_up":
+            if layer.cut:
+                _finish_tiles(layer, refs, layer.cut, operands.out)
             meet()
         elif name != "qkv":
             norm = refs.norms[name == "down"].at[number]
@@ -139,81 +139,83 @@ def multiply(layer: Layer, refs: Refs) -> None:
                 meet()
 
 
-def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operands, unit: Unit, used: Blocks) -> None:
-    """Partial sums of a unit, or gate times up; `used` slots of the rings were before."""
+def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operands, unit: Unit, used) -> None:
+    """Partial sums of a unit, or gate times up; `used` slots of either ring were before."""
     config, own = product.plan.config, lax.axis_index("warpgroup")
 
-    def of(index) -> Blocks:
-        return Blocks(used.weights + index, used.x + (2 * index if unit.half else index))
-
     def all_blocks(sums):
-        several = lax.div(unit.slots, UNROLL)
+        count = unit.last - unit.first
+        several = lax.div(count, UNROLL)
 
         @pl.loop(0, several)
         def _(turn):
-            _multiply_blocks(refs, product.plan, sums, [of(turn * UNROLL + i) for i in range(UNROLL)], unit.half)
+            _multiply_blocks(refs, product.plan, sums, [used + turn * UNROLL + i for i in range(UNROLL)])
 
-        @pl.loop(several * UNROLL, unit.slots)
+        @pl.loop(several * UNROLL, count)
         def _(index):
-            _multiply_blocks(refs, product.plan, sums, [of(index)], unit.half)
+            _multiply_blocks(refs, product.plan, sums, [used + index])
 
         return sums[...]
 
     sums = pl.run_scoped(all_blocks, plgpu.ACC((ROWS, config.block_m), jnp.float32))
 
-    def gate(sums, tile) -> None:
+    tile = unit.tile + own
+    if product.gated and not unit.piece:
         store_gated(sums, operands.out, tile, layer.activation, layer.interpret)
+        return
+    out = operands.out
+    if unit.piece:
+        out, tile = refs.pieces.sums, tile - layer.cut.first * layer.warpgroups
+    out.at[unit.split, :, pl.ds(tile * ROWS, ROWS)].T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
 
-    if unit.half:
-        _add_partner(refs, sums, lambda whole: gate(whole, unit.tile))
-    elif product.gated:
-        gate(sums, unit.tile + own)
+
+def _say_stored(layer: Layer, refs: Refs, unit: Unit) -> None:
+    """Of a piece, by each warp group; the interpreter's programs all say it, with a piece or without."""
+    if layer.interpret:
+        plgpu.barrier_arrive(refs.pieces.all_stored)
     else:
-        rows = pl.ds((unit.tile + own) * ROWS, ROWS)
-        operands.out.at[unit.split, :, rows].T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+        pl.when(unit.first < unit.last)(lambda: count_in(refs.pieces.counter, 1))
 
 
-def _add_partner(refs: Refs, sums, store: Callable[[Any], None]) -> None:
-    """Of half a tile: the last warp group hands its sums to the first one, which stores those of both."""
-    own, handed = lax.axis_index("warpgroup"), refs.handed
-    memory = handed.sums.at[:, pl.ds(0, sums.shape[1])]
+def _finish_tiles(layer: Layer, refs: Refs, cut: Cut, out) -> None:
+    """Of tiles that are cut, gate times up: by programs that had no piece, which are done before the others."""
+    program, columns = lax.axis_index("program"), layer.products[1].plan.config.block_n // 2
+    if layer.interpret:
+        plgpu.barrier_wait(refs.pieces.all_stored)
 
-    @pl.when(own == 1)
+    @pl.when(program >= cut.pieces)
     def _():
-        memory[...] = sums
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(handed.ready)
+        if not layer.interpret:
+            await_count(refs.pieces.counter, (refs.number[0] + 1) * (cut.pieces * layer.warpgroups))
+        gate_pieces(
+            refs.pieces.sums,
+            out.at[:, pl.ds(cut.first * columns, cut.tiles * columns)],
+            program - cut.pieces,
+            layer.programs - cut.pieces,
+            rows=layer.rows,
+            threads=128 * layer.warpgroups,
+            activation=layer.activation,
+            interpret=layer.interpret,
+        )
 
-    @pl.when(own == 0)
-    def _():
-        plgpu.barrier_wait(handed.ready)
-        store(sums + plgpu.load(memory, layout=plgpu.Layout.WGMMA, optimized=False))
 
-
-def _multiply_blocks(refs: Refs, plan: Plan, sums, blocks: list[Blocks], half: bool) -> None:
+def _multiply_blocks(refs: Refs, plan: Plan, sums, blocks: list) -> None:
     """Add the products of blocks, each dequantized while the tensor core multiplies the one before.
 
     It ends the last one here: what it reads in registers, the compiler protects within an iteration and not in the next (weights of one
-    group a block came out wrong on an H200). Of half a tile, a warp group multiplies one of two blocks of x and waits for both.
+    group a block came out wrong on an H200).
     """
-    own, reading = lax.axis_index("warpgroup"), None
-    rows = pl.ds(own * ROWS, ROWS)
+    rows, reading = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS), None
     for block in blocks:
-        weights = refs.weights.at(block.weights)
+        weights = refs.weights.at(block)
         packed, scales = weights.data
         plgpu.barrier_wait(weights.full)
-        apart = scales.shape[0] > 1
-        own_scales = scales.at[own, :, pl.ds(0, ROWS)] if apart else scales.at[0, :, rows]
-        groups = list(dequantized_groups(plan, packed.at[rows], lambda group, scales=own_scales: scales.at[group]))
-        x = refs.x.at(block.x + own if half else block.x)
+        groups = list(dequantized_groups(plan, packed.at[rows], lambda group, scales=scales: scales.at[group, rows]))
+        x = refs.x.at(block)
         plgpu.barrier_wait(x.full)
         for index, group in enumerate(groups):
             add_product(refs.left, sums, group, x.data[0].at[:, pl.ds(index * plan.group, plan.group)])
         plgpu.barrier_arrive(weights.empty)
-        if half:
-            others = refs.x.at(block.x + 1 - own)
-            plgpu.barrier_wait(others.full)
-            plgpu.barrier_arrive(others.empty)
         if reading is not None:
             plgpu.wgmma_wait(len(groups))
             plgpu.barrier_arrive(reading.empty)

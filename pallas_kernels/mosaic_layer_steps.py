@@ -3,6 +3,8 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
+import math
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -12,35 +14,59 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.gated_activation import ACTIVATIONS, IS_GELU
+from pallas_kernels.mosaic_instructions import Numbers
 from pallas_kernels.rows import permute_columns
+
+AT_A_TIME = 16
+"""Pieces of a sum whose loads a thread begins before it waits for the first: eight registers each."""
 
 
 def synchronize(counter, count, meetings: int) -> None:
     """Count this program in, for so many meetings, and wait until all are: until `counter` has come to `count`, int32 [].
 
-    What their warp groups wrote before may then be read, by loads. Programs that wait for seconds end with an error.
+    What their warp groups wrote before may then be read, by loads.
     """
+    count_in(counter, meetings)
+    await_count(counter, count)
+
+
+def count_in(counter, times: int) -> None:
+    """Add to a counter, int32 [1] of device memory: who then sees it may read what this warp group wrote before."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add(_, counter):
+        # Each thread's writes come before the one that counts them.
+        utils.warpgroup_barrier()
+        chosen = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
+        times_ = utils.c(times, ir.IntegerType.get_signless(32))
+        place = utils.memref_ptr(counter)
+        utils.inline_ptx(
+            "red.release.gpu.global.add.u32 [$0], $1;", place, times_, predicate=chosen, has_side_effects=True
+        )
+
+    add(counter)
+
+
+def await_count(counter, count) -> None:
+    """Wait until a counter has come to `count`, int32 []. A warp group that waits for seconds ends with an error."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def meet(_, counter, count):
+    def wait(_, counter, count):
         chosen = arith.extui(
             ir.IntegerType.get_signless(32), utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
         )
-        utils.inline_ptx(
-            _MEET, utils.memref_ptr(counter), count.registers.item(), chosen, utils.c(meetings, chosen.type)
-        )
+        utils.inline_ptx(_WAIT, utils.memref_ptr(counter), count.registers.item(), chosen)
         utils.warpgroup_barrier()
 
-    meet(counter, count)
+    wait(counter, count)
 
 
-_MEET = """{
+_WAIT = """{
 .reg .pred other, waits, late;
 .reg .b32 count, polls;
 mov.b32 polls, 0;
 setp.eq.b32 other, $2, 0;
 @other bra met;
-red.release.gpu.global.add.u32 [$0], $3;
 again:
 ld.acquire.gpu.global.u32 count, [$0];
 add.u32 polls, polls, 1;
@@ -136,6 +162,66 @@ def store_gated(sums, out, tile, activation: str, interpret: bool) -> None:
             llvm.store(utils.bitcast(both, pair), utils.getelementptr(target, [place], kind))
 
     store(sums, out.at[:, pl.ds(32 * tile, 32)])
+
+
+def gate_pieces(
+    pieces, out, program, programs: int, *, rows: int, threads: int, activation: str, interpret: bool
+) -> None:
+    """activation(gate) * up of the sums of `pieces` [P, M, 2F], float32 with gate and up in turn by eights, into `out` [M, F].
+
+    Of its first `rows` rows, this `program` of so many does its part, by `threads` threads; columns come in the order of
+    `rows.permute_columns`.
+    """
+    if interpret:
+
+        @pl.when((program == 0) & (lax.axis_index("warpgroup") == 0))
+        def _():
+            sums = jnp.sum(pieces[...], axis=0)
+            gate, up = jnp.moveaxis(sums.reshape(len(sums), -1, 2, 8), 2, 0).reshape(2, len(sums), -1)
+            out[...] = permute_columns((ACTIVATIONS[activation](gate) * up).astype(out.dtype))
+
+        return
+    (count, _, width), gelu = pieces.shape, IS_GELU[activation]
+    chunks = width // 8  # of four results
+    items = rows * chunks
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def gate(_, pieces, out, block):
+        of, f32 = Numbers(), ir.F32Type.get()
+        four, kind = ir.VectorType.get((4,), f32), ir.MemRefType(out.type).element_type
+        pair = ir.VectorType.get((2,), kind)
+        strides, out_strides = (ir.MemRefType(ref.type).get_strides_and_offset()[0] for ref in (pieces, out))
+        source, target = utils.memref_ptr(pieces), utils.memref_ptr(out)
+        item = of.add(of.mul(block.registers.item(), threads), of.rem(utils.thread_idx(), threads))
+        inside, item = of.below(item, items), of.least(item, items - 1)
+        row, chunk = of.div(item, chunks), of.rem(item, chunks)
+        own = of.add(of.mul(row, strides[1]), of.mul(of.div(chunk, 2), 16), of.mul(of.rem(chunk, 2), 4))
+
+        def load(piece: int, start: int):
+            # Volatile: the compiler would move it behind the branch that stores, and each would be waited for.
+            place = utils.getelementptr(source, [of.add(own, piece * strides[0] + start)], f32)
+            return llvm.load(four, place, volatile_=True)
+
+        sums = None
+        for first in range(0, count, AT_A_TIME):
+            some = range(first, min(first + AT_A_TIME, count))
+            for both in [[load(piece, start) for start in (0, 8)] for piece in some]:
+                sums = both if sums is None else [arith.addf(*of_each) for of_each in zip(sums, both, strict=True)]
+        values = [
+            arith.truncf(kind, _gate_times_up(*(vector.extract(of_each, [], [i]) for of_each in sums), gelu, f32))
+            for i in range(4)
+        ]
+        # Of 16 columns, the chunk t has 4 t + 2 h + j: they go to 8 h + 2 t + j.
+        first_column = of.add(of.mul(of.div(chunk, 4), 16), of.mul(of.rem(chunk, 4), 2))
+        place = of.add(of.mul(row, out_strides[0]), first_column)
+        with utils.when(inside):
+            for h in range(2):
+                both = vector.from_elements(pair, values[2 * h : 2 * h + 2])
+                llvm.store(both, utils.getelementptr(target, [of.add(place, 8 * h)], kind))
+
+    @pl.loop(0, math.ceil(items / (programs * threads)))
+    def _(turn):
+        gate(pieces, out, program + turn * programs)
 
 
 def _gate_times_up(gate, up, gelu: bool, f32):

@@ -24,7 +24,16 @@ from bench_kernels import SHAPES
 from jax.experimental.mosaic.gpu import profiler
 from kernel_timing import BANDWIDTH_BYTES_PER_US
 
-from pallas_kernels import LayerMatrix, NewTokens, Rows, decode_layer, decode_layer_mosaic, rope_attention, tuning
+from pallas_kernels import (
+    LayerMatrix,
+    NewTokens,
+    Rows,
+    decode_layer,
+    decode_layer_mosaic,
+    layer_counter,
+    rope_attention,
+    tuning,
+)
 from pallas_kernels.rows import permute_columns
 from pallas_kernels.tuning import Int4Config
 
@@ -86,7 +95,7 @@ def chain(configs: tuple[Int4Config, ...], one_kernel: bool) -> Chain:
     )
 
     def layers(attended: Any, residual: Any, norms: Any, matrices: Any) -> list[tuple[jax.Array, jax.Array]]:
-        left, counter = [], jnp.zeros((1,), jnp.int32)
+        left, counter = [], layer_counter()
         for layer, own in enumerate(matrices):
             given = attended
             if isinstance(attended, NewTokens) and not one_kernel:
@@ -112,7 +121,7 @@ def reference_of(attended_first: bool) -> Callable[..., jax.Array]:
         rows = attended
         if attended_first:
             rows, _, _ = attended_apart(attended, layer, permuted=False, implementation="reference")
-        return decode_layer(rows, residual, norms, own, jnp.zeros((1,), jnp.int32), layer=layer, **how).following.sum(0)
+        return decode_layer(rows, residual, norms, own, layer_counter(), layer=layer, **how).following.sum(0)
 
     return jax.jit(reference, compiler_options=plain if jax.default_backend() == "gpu" else None)
 

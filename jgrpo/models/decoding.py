@@ -18,7 +18,7 @@ from jaxtyping import Float, Int32
 
 from jgrpo.models.config import ModelConfig
 from jgrpo.quantization import LAYERS, LayerWeights, gated_matmul, matmul_parts, reads_permuted
-from pallas_kernels import NewTokens, Rows, add_rms_norm, decode_layer
+from pallas_kernels import NewTokens, Rows, add_rms_norm, decode_layer, layer_counter
 
 Adapter = dict[str, tuple[Array, Array]]
 
@@ -124,7 +124,7 @@ class Ahead(NamedTuple):
 
     parts: Float[Array, "S M N"] | Float[Array, "M D"]
     """The next layer's qkv as partial sums, or the normed rows after the last."""
-    counter: Int32[Array, "1"]
+    counter: Int32[Array, "2"]
     """Where the kernels' programs meet (`pallas_kernels.decode_layer`)."""
 
 
@@ -138,7 +138,7 @@ class FusedDecodeLayers(DecodeLayers):
 
     def enter(self, residual: Float[Array, "M D"]) -> Ahead:
         """The qkv of the first layer."""
-        return Ahead(self._product("qkv", 0, super().enter(residual)), jnp.zeros((1,), jnp.int32))
+        return Ahead(self._product("qkv", 0, super().enter(residual)), layer_counter())
 
     def layer(
         self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: DecodeAttend

@@ -62,7 +62,7 @@ def layer_said_by_ptxas(shapes: tuple, configs: tuple[tuning.Int4Config, ...], s
     tokens = NewTokens(sums, *tables, prompt, prompt, lengths, suffix, suffix, slot, own_norms, bias)
     matrices = [LayerMatrix(array((1, n, k), jnp.uint8), array((1, k // GROUP, n), jnp.bfloat16)) for n, k in shapes]
     norms = (array((LAYERS, width), jnp.bfloat16),) * 2
-    operands = (tokens, array((m, width), jnp.bfloat16), norms, array((), jnp.int32), array((1,), jnp.int32), matrices)
+    operands = (tokens, array((m, width), jnp.bfloat16), norms, array((), jnp.int32), array((2,), jnp.int32), matrices)
 
     def layer(*operands):
         how = dict(configs=configs, programs=MULTIPROCESSORS, eps=1e-6, activation="silu", scale=0.1)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Rows, decode_layer, dispatch, has_layer_kernel, interleave_gate, tuning
+from pallas_kernels import Rows, decode_layer, dispatch, has_layer_kernel, interleave_gate, layer_counter, tuning
 from tests.pallas_kernels.decode_layers import EPS, expected, expected_attention, random_layer, random_tokens
 from tests.pallas_kernels.oracles import relative_error
 
@@ -25,7 +25,7 @@ def test_the_twin_computes_a_layer(activation, qkv, attends):
         **{name: jnp.nan_to_num(getattr(tokens, name)) for name in ("prompt_k", "prompt_v", "k", "v")}
     )
     rows, *caches = expected_attention(tokens, 2, 0.2) if attends else (None, [])
-    counter = jnp.zeros((1,), jnp.int32)
+    counter = layer_counter()
     how = dict(layer=jnp.int32(2), eps=EPS, activation=activation, scale=0.2)
     attended = finite if attends else Rows(layer.attended)
     residual, result, _, written = decode_layer(attended, layer.residual, layer.norms, layer.matrices, counter, **how)
@@ -46,7 +46,7 @@ def test_gate_and_up_alternate_by_eights():
 
 def test_what_cannot_run_is_said():
     layer = random_layer(np.random.default_rng(0), 5, 128, 128, 128, None)
-    arguments = (Rows(layer.attended), layer.residual, layer.norms, layer.matrices, jnp.zeros((1,), jnp.int32))
+    arguments = (Rows(layer.attended), layer.residual, layer.norms, layer.matrices, layer_counter())
     how = dict(layer=0, eps=EPS, activation="silu")
     with pytest.raises(ValueError, match="implementation='triton' is unknown"):
         decode_layer(*arguments, **how, implementation="triton")

@@ -1,11 +1,10 @@
 """The kernel of a decode layer against float64: in Mosaic's interpreter on a CPU, compiled on a GPU."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, layer_counter
 
 if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
     pytest.skip("needs the jax of Mosaic's interpreter", allow_module_level=True)
@@ -13,6 +12,9 @@ if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the detector found is nowhere public
 
 from pallas_kernels import decode_layer_mosaic, tuning
+from pallas_kernels.codes import LAYER_CODE
+from pallas_kernels.int4_matmul_mosaic import Plan
+from pallas_kernels.mosaic_layer_plan import Cut, Product
 from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels.decode_layers import EPS, expected, expected_attention, random_layer, random_tokens
 from tests.pallas_kernels.oracles import relative_error
@@ -45,18 +47,26 @@ def test_programs_without_work_keep_pace(qkv):
 
 
 @pytest.mark.parametrize(
-    ("m", "width", "ffn", "splits", "programs"),
+    ("m", "width", "ffn", "qkv", "programs", "left", "parts"),
     [
-        (9, 512, 256, (1, 1, 2, 1), 3),
-        (64, 256, 256, (2, 1, 1, 1), 3),
-        (33, 768, 128, (1, 1, 1, 2), 5),
+        (9, 256, 256, 384, 3, 1, 2),  # of four tiles the last one; the third program adds up
+        (33, 640, 256, 384, 3, 1, 2),  # pieces of two and three blocks
+        (64, 256, 384, None, 5, 1, 2),  # the last layer; three programs add up
+        (17, 768, 128, 384, 5, 2, 2),  # no whole turn
+        (5, 256, 384, 384, 4, 2, None),  # pieces of two tiles would leave no program to add up
     ],
 )
-def test_half_tiles(m, width, ffn, splits, programs):
-    """Four tiles of gate and up for three programs: in a second turn two of them take half of the last one; or two tiles, all as halves."""
+def test_cut_tiles(m, width, ffn, qkv, programs, left, parts):
+    """Tiles of gate and up that whole turns of all programs leave."""
     if not INTERPRET:
-        programs, ffn = PROGRAMS, 64 * (PROGRAMS + 4) if programs == 3 else ffn
-    _check(m, width, 256, ffn, 384, splits, "silu", programs)
+        # As many parts as fit, at most one a block; and so many tiles that none does.
+        programs, left = PROGRAMS, left * (4 if width < 640 else 24) if parts else PROGRAMS - 4
+        ffn, parts = 64 * (PROGRAMS + left), min(width // 128, (PROGRAMS - PROGRAMS // 8) // left) if parts else None
+    plan = Plan(tuning.layer_config(16, 1), width // 128, 64, LAYER_CODE, 0, False, INTERPRET)
+    cut = Product(plan, ffn // 64, gated=True).cut(programs)
+    assert cut == (Cut(ffn // 64 - left, left, parts) if parts else None)
+    splits = (1, 1, min(2, ffn // 128), 1)[: 4 if qkv else 3]
+    _check(m, width, 256, ffn, qkv, splits, "silu" if m % 2 else "gelu_tanh", programs)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +90,7 @@ def _check(m, width, heads, ffn, qkv, splits, activation, programs, tokens=None)
     """Two in a chain, as far as one follows; the second has other norms. Programs and warp groups never race for memory."""
     layer = random_layer(np.random.default_rng(m), m, width, heads, ffn, qkv)
     configs = tuple(tuning.layer_config(max(16, tuning.power_of_two(m)), split) for split in splits)
-    counter = jnp.zeros((1,), jnp.int32)
+    counter = layer_counter()
     for number in range(2 if qkv else 1):
         residual, result, counter, caches = decode_layer_mosaic.decode_layer(
             permute_columns(layer.attended) if tokens is None else tokens,
