@@ -136,7 +136,7 @@ def _attends(tokens: NewTokens, dtype, window, softcap) -> bool:
     share = tokens.qkv.shape[-1] // head_dim // kv_heads - 2
     _, tiles = tuning.layer_attention_tile(questions, group, kv_heads, share, device.multiprocessors)
     how = (head_dim, share, tiles, window is not None, softcap, tokens.k.dtype)
-    slots = (tokens.prompt_k.size // head_dim, tokens.k.size // head_dim)
+    slots = (tokens.prompt_k.shape[3], tokens.k.shape[4])
     return dispatch.layer_attention_problem(device, dtype, *how, slots) is None
 
 

@@ -129,7 +129,7 @@ def layer_attention_problem(
     """Why the kernel of a decode step's layer cannot begin with its attention; None when it can, and then it is faster.
 
     Every program takes one of the `tiles` of a few generations and a kv head, `share` query heads each: more would follow each
-    other, and far fewer would leave multiprocessors idle. `cache_slots`: of all prompts and of all suffixes, in all layers.
+    other, and far fewer would leave multiprocessors idle, for long with many of the `cache_slots` of a prompt and a suffix.
     """
     if has_window or softcap is not None:
         return "it has no window and no soft-cap of scores"
@@ -140,10 +140,12 @@ def layer_attention_problem(
     if head_dim not in (64, 128):
         return f"head_dim must be 64 or 128, got {head_dim}"
     if any(slots % 8 for slots in cache_slots):
-        return f"the hardware copies eight slots of a cache together, got {cache_slots[0]} and {cache_slots[1]}"
+        return f"the caches are copied in tiles of eight slots, got {cache_slots[0]} of a prompt and {cache_slots[1]} of a suffix"
     if share > LAYER_QUERIES:
         return f"a key has no more than {LAYER_QUERIES} queries, got {share}"
-    if not 0.4 * device.multiprocessors <= tiles <= device.multiprocessors:
+    # On an H200, 16 rows of the 1.5B, 32 tiles of 768 slots, made 12,969 tokens/s so and 11,441 with an attention of its own.
+    least = 0.2 if sum(cache_slots) <= 1024 else 0.4
+    if not least * device.multiprocessors <= tiles <= device.multiprocessors:
         return f"{tiles} tiles are not about one for each of {device.multiprocessors} multiprocessors"
     return None
 

@@ -69,8 +69,11 @@ def test_what_cannot_run_is_said():
         ({"dtype": jnp.float16}, "bfloat16 rows, got float16"),
         ({"head_dim": 256}, "64 or 128, got 256"),
         ({"share": 33}, "no more than 32 queries, got 33"),
-        ({"cache_slots": (16, 12)}, "eight slots of a cache together, got 16 and 12"),
-        ({"tiles": 52}, "52 tiles are not about one for each of 132"),
+        ({"cache_slots": (16, 12)}, "tiles of eight slots, got 16 of a prompt and 12 of a suffix"),
+        ({"tiles": 27}, None),
+        ({"tiles": 26}, "26 tiles are not about one for each of 132"),
+        ({"tiles": 53, "cache_slots": (512, 520)}, None),
+        ({"tiles": 52, "cache_slots": (512, 520)}, "52 tiles are not about one for each of 132"),
         ({"tiles": 133}, "133 tiles are not"),
     ],
 )

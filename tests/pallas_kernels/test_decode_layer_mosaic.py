@@ -73,7 +73,7 @@ def test_cut_tiles(m, width, ffn, qkv, programs, left, parts):
     ("questions", "group", "kv_heads", "share", "depth", "slots", "slot", "programs", "how"),
     [
         (2, 3, 2, 2, 64, (40, 80), 33, 3, {}),
-        (1, 5, 2, 3, 128, (72, 140), 64, 5, dict(normed=False)),
+        (1, 5, 2, 3, 128, (72, 136), 64, 5, dict(normed=False)),
         (2, 2, 1, 6, 128, (64, 64), 0, 5, dict(biased=False, parts=1)),
         (1, 4, 1, 12, 64, (8, 200), 191, 3, {}),
     ],
