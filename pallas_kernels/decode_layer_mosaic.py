@@ -1,6 +1,6 @@
-"""A decode layer's products, and what stands between them, in one launch: for Hopper GPUs by Pallas Mosaic GPU.
+"""A decode layer, its attention and its products, in one launch: for Hopper GPUs by Pallas Mosaic GPU.
 
-    attended  = parts of an attention, merged (or rows as they are)
+    attended  = attention of the new tokens (or rows as they are)
     residual += attended @ out^T           rows = norm(residual)
     gated     = activation(rows @ gate^T) * (rows @ up^T)
     residual += gated @ down^T             rows = norm(residual)            parts = rows @ qkv^T, of the next layer
@@ -10,7 +10,7 @@ program a multiprocessor stays for all of them, and its warp groups have roles. 
 memory, as far ahead as it holds them, and never waits for anything but room: the next product's weights arrive while the others
 still multiply, store, wait for the other programs, and norm. One brings rows of x, and meets the other programs before it does. The
 others multiply: each takes 64 rows of weights, dequantizes them in registers and hands them to the tensor core as its left operand,
-as in `int4_matmul_mosaic.py`.
+as in `int4_matmul_mosaic.py`. The attention comes first (`mosaic_layer_attention.py`), with the shared memory of the rings for its own.
 
 Between two steps, all programs meet at a counter in device memory, which only ever counts up: a chain of layers
 takes the counter along, starting from 0, and each knows from its number in the chain what the counter must reach. They run at the

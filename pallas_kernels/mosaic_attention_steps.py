@@ -36,7 +36,7 @@ def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpr
         pl.when(lax.axis_index("warpgroup") == 0)(lambda: _rotate_in_jnp(attention, refs, unit, layer, eps))
         return
     depth, share, generations, kv_heads = attention.depth, attention.share, attention.generations, attention.kv_heads
-    half, each, rows = depth // 2, depth // 64, attention.query_rows
+    half, each, rows = depth // 2, depth // 64, attention.queries
     heads, given = kv_heads * share, refs.given
     (parts, _, width), stride = given.qkv.shape, given.qkv.shape[1] * given.qkv.shape[2]
 
@@ -330,7 +330,7 @@ def store_heads(attention, memory, unit, out, threads: int, interpret: bool) -> 
     if interpret:
         pl.when(lax.axis_index("warpgroup") == 0)(lambda: _store_in_jnp(attention, memory, unit, out))
         return
-    width, rows, each = out.shape[1], attention.query_rows, depth // 32
+    width, rows, each = out.shape[1], attention.queries, depth // 32
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[plgpu.Layout.WG_SPLAT] * 3))
     def store(_, values, stats, out, *scalars):

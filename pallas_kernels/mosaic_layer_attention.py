@@ -1,7 +1,7 @@
 """The attention of one token at the beginning of a decode layer's kernel (`decode_layer_mosaic.py`): its parts, and what the warp groups do.
 
 A program takes a few generations of a question and one kv head, through one list of blocks of 64 slots: those of the prompt, then those
-of each generation's suffix, where the rows of the other generations are masked. All programs do equal work, and no softmax is merged
+of each generation's suffix, where the heads of the other generations are masked. All programs do equal work, and no softmax is merged
 between them. Memory gives a prompt up about once, the L2 cache to the other programs of its question; these start at different places of
 their lists, so that reads of both kinds mix.
 
@@ -40,9 +40,9 @@ BLOCK = 64
 PIECES = 4
 """In which a block is copied, so that of the last one of a list little is copied that is not in use."""
 LOWEST = -1e30
-"""Start of the running maximum: below every score, and finite, so that rows that have seen nothing yet make no NaN."""
+"""Start of the running maximum: below every score, and finite, so that heads that have seen nothing yet make no NaN."""
 HIGHEST = 1e30
-"""In place of a maximum where a row sees nothing of a block: its weights are then 0."""
+"""In place of a maximum where a head sees nothing of a block: its weights are then 0."""
 
 
 class Attention(NamedTuple):
@@ -69,14 +69,14 @@ class Attention(NamedTuple):
         return math.ceil(self.group / self.generations)
 
     @property
-    def query_rows(self) -> int:
+    def queries(self) -> int:
         """Query heads of a tile."""
         return self.generations * self.share
 
     @property
     def columns(self) -> int:
         """Of the tensor core's right operand, which has them by eights."""
-        return 8 * math.ceil(self.query_rows / 8)
+        return 8 * math.ceil(self.queries / 8)
 
     @property
     def turns(self) -> int:

@@ -144,9 +144,10 @@ class FusedDecodeLayers(DecodeLayers):
         self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: DecodeAttend
     ) -> tuple[Float[Array, "M D"], Ahead, Any]:
         """(residual, what the next layer begins with, whatever `attend` keeps)."""
-        attended, kept = (
-            attend.rows(ahead.parts, True) if attend.new_tokens is None else (attend.new_tokens(ahead.parts), None)
-        )
+        if attend.new_tokens is None:
+            attended, kept = attend.rows(ahead.parts, True)
+        else:
+            attended, kept = attend.new_tokens(ahead.parts), None
         residual, parts, counter, caches = decode_layer(
             attended,
             residual,
