@@ -40,14 +40,9 @@ from jax import lax
 
 from pallas_kernels.codes import LAYER_CODE
 from pallas_kernels.int4_matmul_mosaic import Plan
+from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, Given, attention_memory
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
-from pallas_kernels.mosaic_layer_attention import (
-    PIECES,
-    Attention,
-    AttentionRefs,
-    Given,
-    attention_memory,
-)
+from pallas_kernels.mosaic_layer_attention import PIECES
 from pallas_kernels.mosaic_layer_plan import Layer, Operands, Pieces, Product, Refs
 from pallas_kernels.mosaic_layer_roles import copy_weights, copy_x, multiply
 from pallas_kernels.mosaic_ring import Slots

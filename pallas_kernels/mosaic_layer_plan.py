@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.int4_matmul_mosaic import Plan
-from pallas_kernels.mosaic_layer_attention import Attention, AttentionRefs, key_stages
+from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, key_stages
 from pallas_kernels.mosaic_ring import Slots
 from pallas_kernels.tuning import LAYER_X_STAGES
 

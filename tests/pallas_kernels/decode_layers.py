@@ -77,7 +77,10 @@ def random_tokens(
     for cache in suffix:
         cache[..., slot:, :] = np.nan
     angles = rng.uniform(0, 6, (questions, depth // 2))
-    narrow = lambda array: jnp.asarray(array, jnp.bfloat16)  # noqa: E731
+
+    def narrow(array: np.ndarray) -> jnp.ndarray:
+        return jnp.asarray(array, jnp.bfloat16)
+
     return NewTokens(
         jnp.asarray(normal(parts, questions, group, width), jnp.float32),
         jnp.asarray(np.cos(angles), jnp.float32),
