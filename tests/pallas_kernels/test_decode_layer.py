@@ -1,4 +1,4 @@
-"""A decode layer between two attentions: its jnp twin against float64, and when its kernel is taken. The kernel: `test_decode_layer_mosaic.py`."""
+"""A decode layer: its jnp twin against float64, and when its kernel, and its attention in that, are taken. The kernel: `test_decode_layer_mosaic.py`."""
 
 import jax.numpy as jnp
 import numpy as np
