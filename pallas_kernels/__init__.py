@@ -10,10 +10,13 @@ Operations on layers take the stack of all layers and a layer index: a slice in 
 from pallas_kernels.add_rms_norm import add_rms_norm, rms_norm
 from pallas_kernels.codes import NF4, dequantize
 from pallas_kernels.decode_attention import decode_attention, decode_attention_rows
-from pallas_kernels.decode_layer import (
+from pallas_kernels.decode_layers import (
     Caches,
+    LayerMatrices,
     LayerMatrix,
     decode_layer,
+    decode_layers,
+    first_qkv,
     has_layer_kernel,
     interleave_gate,
     layer_counter,
@@ -32,6 +35,7 @@ __all__ = [
     "ACTIVATIONS",
     "NF4",
     "Caches",
+    "LayerMatrices",
     "LayerMatrix",
     "NewTokens",
     "Rows",
@@ -39,9 +43,11 @@ __all__ = [
     "decode_attention",
     "decode_attention_rows",
     "decode_layer",
+    "decode_layers",
     "dense_partial_sums",
     "dequantize",
     "draw_token",
+    "first_qkv",
     "gated_activation",
     "gated_matmul",
     "has_int8_kernel",

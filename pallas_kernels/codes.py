@@ -39,7 +39,7 @@ NF4 = np.asarray(
 PER_BYTE = {"int4": 2, "nf4": 2, "int8": 1, "fast8": 1}
 """Elements in a byte of each code."""
 LAYER_CODE = "fast8"
-"""Of the weights that `decode_layer` reads."""
+"""Of the weights that `decode_layers` reads."""
 
 
 def fast8_levels(packed: Any, xp: Any) -> Any:

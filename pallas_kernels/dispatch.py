@@ -101,18 +101,18 @@ def mosaic_problem(device: Device, dtype, scales_dtype, group: int) -> str | Non
 
 
 LAYER_ROWS = 64
-"""Rows up to which a decode step's layer is one kernel: those of a tile whose sums four warp groups hold."""
+"""Rows up to which a decode step's layers are one kernel: those of a tile whose sums four warp groups hold."""
 
 
 def decode_layer_problem(device: Device, dtype, scales_dtype, m: int) -> str | None:
-    """Why what a layer does between two attentions cannot be one kernel; None when it can. `tuning.decode_layer_configs` knows its shapes."""
+    """Why what a layer does between two attentions cannot be a kernel; None when it can. `tuning.decode_layer_configs` knows its shapes."""
     if problem := mosaic_problem(device, dtype, scales_dtype, 64):
         return problem
     return f"it has no more than {LAYER_ROWS} rows, got {m}" if m > LAYER_ROWS else None
 
 
 LAYER_QUERIES = 32
-"""Query heads that a tile of the attention in a decode layer's kernel has at most."""
+"""Query heads that a tile of the attention in the kernel of decode layers has at most."""
 
 
 def layer_attention_problem(
@@ -126,7 +126,7 @@ def layer_attention_problem(
     cache_dtype,
     cache_slots: tuple[int, int],
 ) -> str | None:
-    """Why the kernel of a decode step's layer cannot begin with its attention; None when it can, and then it is faster.
+    """Why the kernel of a decode step's layers cannot have their attention, and with it all layers; None when it can, and then it is faster.
 
     Every program takes one of the `tiles` of a few generations and a kv head, `share` query heads each: more would follow each
     other, and far fewer would leave multiprocessors idle, for long with many of the `cache_slots` of a prompt and a suffix.

@@ -1,4 +1,4 @@
-"""What an attention at the beginning of a decode layer's kernel has: its shape, a program's blocks, its memory; `mosaic_layer_attention.py` has what it does."""
+"""What an attention in the decode layers' kernel has: its shape, a program's blocks, its memory; `mosaic_layer_attention.py` has what it does."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -56,11 +57,15 @@ class Attention(NamedTuple):
         """Units that a program takes at most."""
         return math.ceil(self.questions * self.kv_heads * self.tiles / self.programs)
 
-    def units(self, refs: "AttentionRefs", layer) -> "Iterator[Unit]":
-        """What this program takes, in turns; the last one has no blocks where nothing is left. Programs of a question are side by side."""
+    def slots(self, refs: "AttentionRefs", program) -> Any:
+        """Of the ring, that a program's units fill."""
+        return sum((unit.slots for unit in self.units(refs, program, 0)), jnp.int32(0))
+
+    def units(self, refs: "AttentionRefs", program, layer) -> "Iterator[Unit]":
+        """What a program takes, in turns; the last one has no blocks where nothing is left. Programs of a question are side by side."""
         slot, count = refs.given.slot[0], self.questions * self.kv_heads * self.tiles
         for turn in range(self.turns):
-            unit = lax.axis_index("program") + turn * self.programs
+            unit = program + turn * self.programs
             exists = unit < count
             unit = lax.min(unit, count - 1)
             tile, rest = lax.rem(unit, self.tiles), lax.div(unit, self.tiles)
@@ -131,6 +136,11 @@ class Unit(NamedTuple):
     """Of the first generation, in the caches as rows of a head's depth; the next one's is `suffix_stride` further."""
     suffix_stride: int
 
+    @property
+    def slots(self) -> Any:
+        """Of the ring: for keys and for values of every block."""
+        return 2 * self.blocks
+
     def blocks_of(self, warpgroup) -> Any:
         """Every other one of the list."""
         return lax.div(self.blocks + 1 - warpgroup, 2)
@@ -150,10 +160,8 @@ class Unit(NamedTuple):
 
 
 class AttentionMemory(NamedTuple):
-    """In shared memory."""
+    """In shared memory, beside the ring."""
 
-    ring: Any
-    """Of keys and values."""
     queries: Any
     new: Any
     """Keys, then values, of each generation."""
@@ -168,15 +176,14 @@ class AttentionMemory(NamedTuple):
 
     def of(self, warpgroup) -> "AttentionMemory":
         """What is a warp group's own, and what all share."""
-        own = (ref.at[warpgroup] for ref in self[3:])
-        return AttentionMemory(*self[:3], *own)
+        own = (ref.at[warpgroup] for ref in self[2:])
+        return AttentionMemory(*self[:2], *own)
 
 
-def attention_memory(attention: Attention, warpgroups: int, stages: int, dtype) -> AttentionMemory:
+def attention_memory(attention: Attention, warpgroups: int, dtype) -> AttentionMemory:
     """The scratch types; four columns of values more than needed: threads that store them together meet other banks."""
     depth, columns = attention.depth, attention.columns
     return AttentionMemory(
-        plgpu.SMEM((stages, BLOCK, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((columns, depth), dtype, transforms=tiled(128, 2)),
         plgpu.SMEM((2, attention.generations, depth), dtype),
         plgpu.SMEM((warpgroups, columns, BLOCK), dtype, transforms=tiled(128, 2)),
@@ -184,6 +191,12 @@ def attention_memory(attention: Attention, warpgroups: int, stages: int, dtype) 
         plgpu.SMEM((warpgroups, columns, depth + 4), jnp.float32),
         plgpu.SMEM((warpgroups, 2, columns), jnp.float32),
     )
+
+
+def memory_bytes(memory: Any) -> int:
+    """Of scratch types, each of which begins at a multiple of 1024."""
+    sizes = (math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in jax.tree.leaves(memory))
+    return sum(1024 * math.ceil(size / 1024) for size in sizes)
 
 
 class Given(NamedTuple):
@@ -208,20 +221,7 @@ class AttentionRefs(NamedTuple):
 
     given: Given
     ring: Slots
-    """Of keys and values, a block's in two slots that follow each other; half of it is a warp group's."""
+    """That of the products' weights, of which a block of keys and one of values have a slot each."""
     memory: AttentionMemory
     together: Any
-    """Barrier: all warp groups that multiply are here."""
-    attended: Any
-    """Barrier: all that the ring brought is read."""
-
-
-def key_stages(attention: Attention, warpgroups: int, room: int) -> int:
-    """An even number of slots of keys and values, as many as so many bytes have room for beside the rest of the memory.
-
-    Each array begins at a multiple of 1024.
-    """
-    types = attention_memory(attention, warpgroups, 1, jnp.bfloat16)
-    sizes = [math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in types]
-    slot, *others = (1024 * math.ceil(size / 1024) for size in sizes)
-    return 2 * ((room - sum(others)) // slot // 2)
+    """Barrier of the interpreter: all warp groups that multiply are here; None on a GPU, which has an instruction for it."""

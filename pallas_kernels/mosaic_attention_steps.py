@@ -12,7 +12,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.mosaic_instructions import ROWS, Numbers, tiled
+from pallas_kernels.mosaic_instructions import ROWS, Numbers, thread_index, tiled
 from pallas_kernels.rows import permute_columns
 
 AT_A_TIME = 4
@@ -62,7 +62,7 @@ def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpr
         def rounded(value):
             return arith.extf(wide, arith.truncf(narrow, value))
 
-        lane, warp = of.rem(utils.thread_idx(), 32), of.div(utils.thread_idx(), 32)
+        lane, warp = of.rem(thread_index(), 32), of.div(thread_index(), 32)
         column = of.mul(lane, each)
         angle = of.add(of.mul(question, half), column)
         cosine, sine = (load(table, angle) for table in (cos, sin))
@@ -201,7 +201,7 @@ def complete(slots, new, used, takes_new, *, zeros: bool, interpret: bool) -> No
         of, bf16, byte = Numbers(), ir.BF16Type.get(), ir.IntegerType.get_signless(8)
         eight, chunks = ir.VectorType.get((8,), bf16), depth // 8
         zero = arith.constant(eight, ir.DenseElementsAttr.get_splat(eight, ir.FloatAttr.get(bf16, 0.0)))
-        thread, takes_new = of.rem(utils.thread_idx(), 128), of.equal(takes_new, 1)
+        thread, takes_new = of.rem(thread_index(), 128), of.equal(takes_new, 1)
         for first in range(0, count * chunks, 128):
             index = of.add(thread, first)
             row, chunk = of.div(index, chunks), of.rem(index, chunks)
@@ -308,7 +308,7 @@ def leave_softmax(values, highest, total, memory, interpret: bool) -> None:
     def leave(_, values, highest, total, memory, stats):
         of, f32 = Numbers(), ir.F32Type.get()
         stride = ir.MemRefType(memory.type).shape[1]
-        thread = of.rem(utils.thread_idx(), 128)
+        thread = of.rem(thread_index(), 128)
         row = of.add(of.mul(of.div(thread, 32), 16), of.div(of.rem(thread, 32), 4))
         head = of.mul(of.rem(thread, 4), 2)
         registers = values.registers.reshape(depth // 64, columns // 8, 2)
@@ -342,7 +342,7 @@ def store_heads(attention, memory, unit, out, threads: int, interpret: bool) -> 
         def power(value):
             return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", value, result_types=f32)
 
-        lane, warp = of.rem(utils.thread_idx(), 32), of.div(utils.thread_idx(), 32)
+        lane, warp = of.rem(thread_index(), 32), of.div(thread_index(), 32)
         column = of.mul(lane, each)
         for first in range(0, rows, threads // 32):
             row = of.add(warp, first)

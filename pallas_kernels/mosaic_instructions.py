@@ -6,6 +6,7 @@
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
@@ -120,6 +121,38 @@ class Numbers:
         tile = self.add(self.mul(self.div(row, 8), width // 64), self.div(column, 64))
         inside = self.xor(self.mul(self.rem(column, 64), 2), self.mul(line, 16))
         return self.add(self.mul(tile, 1024), self.mul(line, 128), inside)
+
+
+def program_index(interpret: bool):
+    """Of this program, int32 []; no compiler takes it for what it was before."""
+    if interpret:
+        return lax.axis_index("program")
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+    def read(_):
+        word = ir.IntegerType.get_signless(32)
+        index = utils.inline_ptx("mov.u32 $0, %ctaid.x;", result_types=word, has_side_effects=True)
+        layout = fragmented_array.WGSplatFragLayout(())
+        registers = np.array(index, dtype=object).reshape(layout.registers_shape(()))
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return read()
+
+
+def thread_index():
+    """Of this thread in its program, i32, read anew: addresses that follow from it are not kept from layer to layer, which took more registers than
+    there are."""
+    return utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=ir.IntegerType.get_signless(32), has_side_effects=True)
+
+
+def synchronize_threads(threads: int) -> None:
+    """Wait for so many threads of whole warp groups; they are the same ones wherever this is called."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        utils.inline_ptx(f"bar.sync 14, {threads};", convergent=True)
+
+    wait()
 
 
 def dequantize(packed, scale, code: str, interpret: bool):

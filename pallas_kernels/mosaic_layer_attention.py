@@ -1,12 +1,12 @@
-"""The attention of one token at the beginning of a decode layer's kernel (`decode_layer_mosaic.py`): what the warp groups do.
+"""The attention of one token in the kernel of decode layers (`decode_layers_mosaic.py`): what the warp groups do.
 
 A program takes a few generations of a question and one kv head, through one list of blocks of 64 slots: those of the prompt, then those
 of each generation's suffix, where the heads of the other generations are masked. All programs do equal work, and no softmax is merged
 between them. Memory gives a prompt up about once, the L2 cache to the other programs of its question; these start at different places of
 their lists, so that reads of both kinds mix.
 
-Keys and values come through a ring of their own, in place of the rings of the products, and need nothing that this step makes: they are on
-their way while the new token's heads are still summed, normed and rotated. New keys and values go to the cache, and into the last block of
+Keys and values come through the ring that brings the products' weights, in slots of the same size, and need nothing that this step makes: they are on
+their way while the layer before is at its end, and this one's weights while their softmax is. New keys and values go to the cache, and into the last block of
 a suffix in shared memory. The warp groups that multiply take blocks in turn, each with a softmax of its own (float32, base 2), and merge
 them at the end. Slots are the rows of the tensor core's left operand, which has no fewer than 64, and query heads the columns of the right one.
 """
@@ -15,6 +15,7 @@ them at the end. Slots are the rows of the tensor core's left operand, which has
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -32,7 +33,7 @@ from pallas_kernels.mosaic_attention_steps import (
     store_weights,
     sum_of_columns,
 )
-from pallas_kernels.mosaic_instructions import ROWS
+from pallas_kernels.mosaic_instructions import ROWS, synchronize_threads
 from pallas_kernels.mosaic_ring import Slots
 
 PIECES = 4
@@ -43,26 +44,22 @@ HIGHEST = 1e30
 """In place of a maximum where a head sees nothing of a block: its weights are then 0."""
 
 
-def copy_keys_and_values(attention: Attention, refs: AttentionRefs, layer, interpret: bool) -> None:
-    """Keep the rings filled with a block's keys, then its values, and so on; then wait until their memory is free."""
-    used = (0, 0)
-    for unit in attention.units(refs, layer):
+def copy_keys_and_values(
+    attention: Attention, refs: AttentionRefs, claim: Callable[[Any], Slots], program, layer, used
+):
+    """Fill the ring with a block's keys, then its values, and so on, after `used` slots; returns how many are used then."""
+    for unit in attention.units(refs, program, layer):
 
         @pl.loop(0, unit.blocks)
         def _(index, unit=unit, used=used):
-            block, warpgroup = unit.block(index), lax.rem(index, 2)
-            ring = refs.ring.part(warpgroup, 2)
-            first = jnp.where(warpgroup == 0, *used) + index - warpgroup
+            block = unit.block(index)
             for which in range(2):
-                slot = ring.claim(first + which)
+                slot = claim(used + 2 * index + which)
                 for piece in range(PIECES):
                     _copy_piece(refs, block, which, slot, piece)
 
-        used = tuple(before + 2 * unit.blocks_of(warpgroup) for warpgroup, before in enumerate(used))
-    if interpret:
-        for warpgroup, count in enumerate(used):
-            refs.ring.part(warpgroup, 2).drain(count)
-    plgpu.barrier_wait(refs.attended)
+        used = used + unit.slots
+    return used
 
 
 def _copy_piece(refs: AttentionRefs, block: Block, which: int, slot: Slots, piece: int) -> None:
@@ -71,43 +68,48 @@ def _copy_piece(refs: AttentionRefs, block: Block, which: int, slot: Slots, piec
     first, in_use = size * piece, block.used > size * piece
 
     def copy(cache) -> None:
-        plgpu.copy_gmem_to_smem(
-            cache.at[pl.ds(block.row + first, size)], slot.data[0].at[pl.ds(first, size)], slot.full
-        )
+        slots = slot.data[0].at[pl.ds(first, size)]
+        plgpu.copy_gmem_to_smem(cache.at[pl.ds(block.row + first, size)], slots, slot.full)
 
     pl.when(in_use & block.of_prompt)(lambda: copy(refs.given.prompt[which]))
     pl.when(in_use & ~block.of_prompt)(lambda: copy(refs.given.suffix[which]))
     pl.when(~in_use)(lambda: plgpu.barrier_arrive(slot.full))
 
 
-def attend(attention: Attention, refs: AttentionRefs, out, *, threads: int, layer, eps: float, interpret: bool) -> None:
-    """Leave the heads' outputs in `out` [M, H Hd], with permuted columns, and new keys and values in the cache."""
-    warpgroup, used = lax.axis_index("warpgroup"), 0
-    own, ring = refs.memory.of(warpgroup), refs.ring.part(warpgroup, 2)
-    for turn, unit in enumerate(attention.units(refs, layer)):
+def attend(
+    attention: Attention, refs: AttentionRefs, out, program, *, threads: int, layer, used, eps: float, interpret: bool
+):
+    """Leave the heads' outputs in `out` [M, H Hd], with permuted columns, and new keys and values in the cache.
+
+    `used` slots of the ring were before; returns how many are used then.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    own = refs.memory.of(warpgroup)
+    for unit in attention.units(refs, program, layer):
 
         @pl.when(unit.blocks > 0)
-        def _(unit=unit, used=used, turn=turn):
+        def _(unit=unit, used=used):
             rotate_heads(attention, refs, unit, layer, eps, threads, interpret)
             plgpu.commit_smem()
-            _meet(refs)
-            softmax = _softmax(attention, own, ring, unit, used, interpret)
-            if turn == attention.turns - 1:
-                plgpu.barrier_arrive(refs.attended)
+            _meet(refs, threads)
+            softmax = _softmax(attention, own, refs.ring, unit, used, interpret)
             total = sum_of_columns(softmax.total, own.reduced, interpret)
             leave_softmax(softmax.values, softmax.highest, total, own, interpret)
-            _meet(refs)
+            _meet(refs, threads)
             store_heads(attention, refs.memory, unit, out, threads, interpret)
             pl.when(warpgroup == 1)(lambda: _store_new(attention, refs, unit))
             if attention.turns > 1:  # the others have read the memory that follows
-                _meet(refs)
+                _meet(refs, threads)
 
-        if turn == attention.turns - 1:
-            pl.when(unit.blocks == 0)(lambda: plgpu.barrier_arrive(refs.attended))
-        used = used + 2 * unit.blocks_of(warpgroup)
+        used = used + unit.slots
+    return used
 
 
-def _meet(refs: AttentionRefs) -> None:
+def _meet(refs: AttentionRefs, threads: int) -> None:
+    """Of all warp groups that multiply; what they stored in shared memory may then be read."""
+    if refs.together is None:
+        synchronize_threads(threads)
+        return
     plgpu.barrier_arrive(refs.together)
     plgpu.barrier_wait(refs.together)
 
@@ -130,16 +132,32 @@ def _softmax(attention: Attention, memory: AttentionMemory, ring: Slots, unit: U
     def filled(value, shape, layout):
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
+    def slots(index) -> list[Slots]:
+        both = (ring.at(used + 2 * index + which) for which in range(2))
+        return [slot._replace(data=(slot.data[0].at[pl.ds(0, BLOCK)],)) for slot in both]
+
+    def leave(index) -> None:
+        """To the other warp group; who waits for a slot has to wait for all."""
+        for slot in slots(index):
+            plgpu.barrier_wait(slot.full)
+            plgpu.barrier_arrive(slot.empty)
+
     def step(turn, softmax: Softmax) -> Softmax:
-        slots = (ring.at(used + 2 * turn + which) for which in range(2))
-        return _add_block(attention, memory, *slots, unit.block(2 * turn + own), softmax, interpret)
+        index = 2 * turn + own
+        pl.when(own == 1)(lambda: leave(index - 1))
+        softmax = _add_block(attention, memory, *slots(index), unit.block(index), softmax, interpret)
+        pl.when((own == 0) & (index + 1 < unit.blocks))(lambda: leave(index + 1))
+        return softmax
 
     softmax = Softmax(
         filled(LOWEST, (columns,), plgpu.Layout.WGMMA.reduce(0)),
         filled(0, (BLOCK, columns), plgpu.Layout.WGMMA),
         filled(0, (attention.depth, columns), plgpu.Layout.WGMMA),
     )
-    return lax.fori_loop(0, unit.blocks_of(own), step, softmax)
+    softmax = lax.fori_loop(0, unit.blocks_of(own), step, softmax)
+    last = unit.blocks - 1
+    pl.when((own == 1) & (lax.rem(last, 2) == 0))(lambda: leave(last))
+    return softmax
 
 
 def _add_block(

@@ -1,19 +1,21 @@
-"""What the warp groups of a decode layer's kernel share: its products and their units, and the slots that bring blocks; `mosaic_layer_roles.py` has what they do."""
+"""What the warp groups of the decode layers' kernel share: its products and their units, and the slots that bring blocks; `mosaic_layer_roles.py` has what they do."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.int4_matmul_mosaic import Plan
-from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, key_stages
+from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, attention_memory, memory_bytes
+from pallas_kernels.mosaic_instructions import program_index
 from pallas_kernels.mosaic_ring import Slots
-from pallas_kernels.tuning import LAYER_X_STAGES
+from pallas_kernels.tuning import layer_room
 
 
 class Cut(NamedTuple):
@@ -34,6 +36,13 @@ class Cut(NamedTuple):
         return self.tiles * self.parts
 
 
+ATTENTION = "attention"
+ALL = ("qkv", ATTENTION, "out", "gate_up", "down")
+"""Steps of a launch of all layers; the others are names of products."""
+FIRST, ONE = ("qkv",), ("out", "gate_up", "down", "qkv")
+"""Those of launches with attentions apart: of what precedes the first attention, and what follows one. The last has no qkv, others the next layer's."""
+
+
 class Product(NamedTuple):
     """One of the layer's products."""
 
@@ -42,6 +51,8 @@ class Product(NamedTuple):
     """Of rows of weights."""
     gated: bool = False
     """Gate and up, whose sums are needed whole."""
+    ahead: int = 0
+    """Layers between the launch's and the one whose weights it has."""
 
     @property
     def units(self) -> int:
@@ -60,37 +71,88 @@ class Product(NamedTuple):
 class Layer(NamedTuple):
     """What is known of a launch before it runs."""
 
-    products: tuple[Product, ...]
-    """out, gate_up, down, and qkv of the next layer where there is one."""
+    steps: tuple[str, ...]
+    """`ALL`, `FIRST` or `ONE`, with or without its qkv."""
+    products: dict[str, Product]
     attention: Attention | None
-    """What comes before out; None: nothing does."""
+    """None: it is not one of the steps."""
+    count: int
+    """Layers, one after another."""
     programs: int
     rows: int
     eps: float
     activation: str
     interpret: bool
+    program: Any = None
+    """This program's index, once the kernel runs."""
 
     @property
     def warpgroups(self) -> int:
         """Those that multiply; two more copy."""
-        return self.products[0].plan.warpgroups
+        return self.plan.warpgroups
+
+    @property
+    def plan(self) -> Plan:
+        """Of a product; what warp groups and rings are made from is the same in all."""
+        return next(iter(self.products.values())).plan
 
     @property
     def cut(self) -> Cut | None:
         """Of gate and up."""
-        return self.products[1].cut(self.programs)
+        return self.products["gate_up"].cut(self.programs) if "gate_up" in self.products else None
 
     @property
-    def key_stages(self) -> int:
-        """Slots for keys and values, in place of those for weights and x."""
-        config = self.products[0].plan.config
-        rows = 2 * LAYER_X_STAGES * config.block_m * config.block_k
-        weights = config.stages * config.block_n * config.block_k
-        return key_stages(self.attention, self.warpgroups, weights + rows)
+    def stages(self) -> int:
+        """Slots of the ring, as many as fit beside what else is in shared memory."""
+        config, beside = self.plan.config, 0
+        if self.attention:
+            beside = memory_bytes(attention_memory(self.attention, self.warpgroups, jnp.bfloat16))
+        slot, room = layer_room(config.block_m, beside)
+        return min(config.stages, room // slot)
+
+    def meetings_after(self, step: str) -> int:
+        """Of all programs; between the two after out and after down there is the norm."""
+        if step in ("out", "down"):
+            return 1 if step == self.steps[-1] and not self.attention else 2
+        return int(step != self.steps[-1])
+
+    @property
+    def meetings(self) -> int:
+        """Of a layer that is not the last."""
+        return sum(map(self.meetings_after, ALL if self.attention else ONE))
+
+    def blocks(self) -> Any:
+        """Of weights, and of x, that this program multiplies in a layer."""
+        units = (unit for product in self.products.values() for unit in self.units(product))
+        return sum((unit.last - unit.first for unit in units), jnp.int32(0))
+
+    def slots(self, refs: "Refs") -> Any:
+        """Of the ring, that this program fills and reads in a layer."""
+        blocks = self.blocks()
+        return blocks + self.attention.slots(refs.attention, self.program) if self.attention else blocks
+
+    def here(self) -> "Layer":
+        """The same, with this program's index."""
+        return self._replace(program=program_index(self.interpret))
+
+    def each(self, body: Callable[["Layer", Any], None]) -> None:
+        """Call `body` with every layer, counted from the launch's first.
+
+        What follows from the program's index is reckoned again in every layer: kept, it would be more than a warp group that copies has
+        registers for, and a value in local memory is as far as the L2 cache after every meeting.
+        """
+
+        def of_turn(turn) -> None:
+            body(self.here(), turn)
+
+        if self.count == 1:
+            of_turn(0)
+        else:
+            pl.loop(0, self.count)(of_turn)
 
     def units(self, product: Product) -> "Iterator[Unit]":
         """What a program multiplies of a product, in turns: first its piece; the first and the last have no blocks where nothing is left."""
-        program, cut = lax.axis_index("program"), product.cut(self.programs)
+        program, cut = self.program, product.cut(self.programs)
         if cut:
             tile, part = lax.rem(program, cut.tiles), lax.div(program, cut.tiles)
             first, last = product.plan.split(part, cut.parts)
@@ -138,15 +200,15 @@ class Pieces(NamedTuple):
 class Refs(NamedTuple):
     """Arrays in device memory, and what the warp groups of a program share."""
 
-    operands: tuple[Operands, ...]
+    operands: dict[str, Operands]
     residual: Any
     norms: tuple[Any, Any]
     number: Any
-    """Of the layer, in the chain and in the stacks of norms."""
+    """Of the first layer, in the chain and in the stacks of weights and norms."""
     counter: Any
     """Of programs that came to a meeting, of all layers of the chain."""
-    residual_out: Any
-    rows_out: tuple[Any, Any]
+    rows: dict[str, Any]
+    """What the norms after out and after down leave."""
     weights: Slots
     """Bytes and scales."""
     x: Slots

@@ -1,4 +1,4 @@
-"""What the warp groups of a decode layer's kernel do: `decode_layer_mosaic.py` says how they work together, and launches them."""
+"""What the warp groups of the decode layers' kernel do: `decode_layers_mosaic.py` says how they work together, and launches them."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
@@ -12,8 +12,8 @@ from jax import lax
 
 from pallas_kernels.int4_matmul_mosaic import Plan, add_product, dequantized_groups
 from pallas_kernels.mosaic_instructions import ROWS
-from pallas_kernels.mosaic_layer_attention import attend, copy_keys_and_values
-from pallas_kernels.mosaic_layer_plan import Cut, Layer, Operands, Product, Refs, Unit
+from pallas_kernels.mosaic_layer_attention import PIECES, attend, copy_keys_and_values
+from pallas_kernels.mosaic_layer_plan import ATTENTION, Cut, Layer, Operands, Product, Refs, Unit
 from pallas_kernels.mosaic_layer_steps import (
     add_norm_row,
     await_count,
@@ -24,123 +24,168 @@ from pallas_kernels.mosaic_layer_steps import (
     store_gated,
     synchronize,
 )
-from pallas_kernels.mosaic_ring import Copies
+from pallas_kernels.mosaic_ring import Slots
 
-PRODUCTS = ("out", "gate_up", "down", "qkv")
-MEETINGS = 6
-"""Of all programs, in a layer that is not the last."""
 UNROLL = 2
 """Blocks that a warp group multiplies between two waits for the tensor core to end."""
-IN_FLIGHT = 3
-"""Blocks of weights that are on their way at the same time: what the memory needs to be busy. More of them would only be in the way of
-x, whose copies wait in the same queue."""
+IN_FLIGHT, MORE_IN_FLIGHT = 3, 3
+"""Blocks that are on their way at the same time: what the memory needs to be busy. More of them would only be in the way of x, whose copies wait
+in the same queue; but of keys and values, of which a program with several generations has many and x none, so many more."""
 
 
 def copy_weights(layer: Layer, refs: Refs) -> None:
-    """Keep the ring of weights filled, through all products; before them, that of keys and values."""
-    used = 0
-    if layer.attention:
-        copy_keys_and_values(layer.attention, refs.attention, refs.number[0], layer.interpret)
-    for product, operands in zip(layer.products, refs.operands, strict=False):
-        for unit in layer.units(product):
+    """Keep the ring filled, through all products, attentions and layers."""
 
-            @pl.loop(unit.first, unit.last)
-            def _(step, product=product, operands=operands, unit=unit, start=used - unit.first):
-                block = start + step
-                pl.when(block >= IN_FLIGHT)(lambda: refs.weights.await_block(block - IN_FLIGHT))
-                refs.weights.fill(block, _weights_of(product.plan, operands, unit, step))
+    def of_layer(layer: Layer, turn) -> None:
+        used, number = turn * layer.slots(refs), refs.number[0] + turn
+        for step in layer.steps:
+            if step == ATTENTION:
+                used = _copy_attention(layer, refs, number, used)
+                continue
+            product, operands = layer.products[step], refs.operands[step]
+            for unit in layer.units(product):
 
-            used = used + unit.last - unit.first
+                @pl.loop(unit.first, unit.last)
+                def _(index, product=product, operands=operands, unit=unit, start=used - unit.first):
+                    block = start + index
+                    _await_block(refs, block - IN_FLIGHT)
+                    slot = refs.weights.claim(block)
+                    _copy_block(product, operands, unit, number + product.ahead, index, slot)
+                    if layer.attention:  # of keys or values there are four copies
+                        for _ in range(PIECES - 2):
+                            plgpu.barrier_arrive(slot.full)
+
+                used = used + unit.last - unit.first
+
+    layer.each(of_layer)
     if layer.interpret:
+        used = layer.count * layer.here().slots(refs)
         pl.loop(jnp.maximum(0, used - IN_FLIGHT), used)(refs.weights.await_block)
         refs.weights.drain(used)
 
 
-def _weights_of(plan: Plan, operands: Operands, unit: Unit, step) -> Copies:
-    """Bytes and scales for a slot."""
-    rows, columns = pl.ds(unit.tile * ROWS, plan.config.block_n), pl.ds(step * plan.block_bytes, plan.block_bytes)
-    groups = pl.ds(step * plan.groups, plan.groups)
-    return lambda packed, scales: [
-        (operands.packed.at[0, rows, columns], packed),
-        (operands.scales.at[0, groups, rows], scales),
-    ]
+def _await_block(refs: Refs, block, condition=True) -> None:
+    """Of the ring, if it is one."""
+    pl.when((block >= 0) & condition)(lambda: refs.weights.await_block(block))
+
+
+def _copy_attention(layer: Layer, refs: Refs, number, used):
+    """Keys and values; the blocks on their way become more, and in the end as many as before."""
+    more = MORE_IN_FLIGHT if layer.attention.generations > 1 else 0
+
+    def claim(block) -> Slots:
+        _await_block(refs, block - IN_FLIGHT - more, block - used >= more)
+        return refs.attention.ring.claim(block)
+
+    end = copy_keys_and_values(layer.attention, refs.attention, claim, layer.program, number, used)
+    for late in range(more):  # a program with a tile has at least four: of a prompt's block and a suffix's
+        _await_block(refs, end - IN_FLIGHT - more + late, end > used)
+    return end
+
+
+def _copy_block(product: Product, operands: Operands, unit: Unit, number, index, slot: Slots) -> None:
+    """Bytes and scales."""
+    plan = product.plan
+    rows, columns = pl.ds(unit.tile * ROWS, plan.config.block_n), pl.ds(index * plan.block_bytes, plan.block_bytes)
+    groups = pl.ds(index * plan.groups, plan.groups)
+    packed, scales = slot.data
+    plgpu.copy_gmem_to_smem(operands.packed.at[number, rows, columns], packed, slot.full)
+    plgpu.copy_gmem_to_smem(operands.scales.at[number, groups, rows], scales, slot.full)
 
 
 def copy_x(layer: Layer, refs: Refs) -> None:
     """Meet the other programs where their results are needed, and keep the ring of x filled."""
-    used, number, counted = 0, refs.number[0], 0
 
-    def meet(meetings: int = 1) -> None:
-        nonlocal counted
-        counted += meetings
-        plgpu.barrier_wait(refs.stored)
-        if layer.interpret:
-            plgpu.barrier_arrive(refs.all_here)
-            plgpu.barrier_wait(refs.all_here)
-        else:
-            synchronize(refs.counter, (number * MEETINGS + counted) * layer.programs, meetings)
-        plgpu.barrier_arrive(refs.met)
+    def of_layer(layer: Layer, turn) -> None:
+        blocks = layer.blocks()
+        used, counted = turn * blocks, (refs.number[0] + turn) * layer.meetings
+        for step in layer.steps:
+            if step != ATTENTION:
+                product, operands = layer.products[step], refs.operands[step]
+                block_k = product.plan.config.block_k
+                for unit in layer.units(product):
 
-    for name, product, operands in zip(PRODUCTS, layer.products, refs.operands, strict=False):
-        if name != "out" or layer.attention:
-            meet()
+                    @pl.loop(unit.first, unit.last)
+                    def _(index, operands=operands, block_k=block_k, start=used - unit.first):
+                        slot = refs.x.claim(start + index)
+                        columns = operands.x.at[:, pl.ds(index * block_k, block_k)]
+                        plgpu.copy_gmem_to_smem(columns, slot.data[0], slot.full)
+
+                    used = used + unit.last - unit.first
+            for _ in range(layer.meetings_after(step)):
+                counted += 1
+                _meet_programs(layer, refs, counted)
             order_copies(layer.interpret)
-        block_k = product.plan.config.block_k
-        for unit in layer.units(product):
 
-            @pl.loop(unit.first, unit.last)
-            def _(step, operands=operands, block_k=block_k, start=used - unit.first):
-                columns = operands.x.at[:, pl.ds(step * block_k, block_k)]
-                refs.x.fill(start + step, lambda x: [(columns, x)])
-
-            used = used + unit.last - unit.first
-        if name in ("out", "down"):
-            # The counter counts the one before out in any case, so that layers with and without it may follow each other.
-            meet(2 if name == "out" and not layer.attention else 1)
+    layer.each(of_layer)
     if layer.interpret:
-        refs.x.drain(used)
+        refs.x.drain(layer.count * layer.here().blocks())
+
+
+def _meet_programs(layer: Layer, refs: Refs, meetings) -> None:
+    """For the warp groups that multiply, at so many meetings since the chain's begin."""
+    plgpu.barrier_wait(refs.stored)
+    if layer.interpret:
+        plgpu.barrier_arrive(refs.all_here)
+        plgpu.barrier_wait(refs.all_here)
+    else:
+        synchronize(refs.counter, meetings * layer.programs)
+    plgpu.barrier_arrive(refs.met)
 
 
 def multiply(layer: Layer, refs: Refs) -> None:
-    """Multiply what the rings bring; before that attend, and between out and gate_up and after down norm what is this program's."""
-    used, number = 0, refs.number[0]
+    """Multiply what the rings bring, and attend; after out and after down, norm what is this program's."""
 
-    def meet(*needed_then) -> None:
-        plgpu.barrier_arrive(refs.stored)
-        for row in needed_then:
-            prefetch(row, layer.interpret)
-        plgpu.barrier_wait(refs.met)
+    def of_layer(layer: Layer, turn) -> None:
+        used, of_x, number = turn * layer.slots(refs), turn * layer.blocks(), refs.number[0] + turn
+        for step in layer.steps:
+            if step == ATTENTION:
+                how = dict(threads=128 * layer.warpgroups, eps=layer.eps, interpret=layer.interpret)
+                how |= dict(layer=number, used=used)
+                used = attend(layer.attention, refs.attention, refs.operands["out"].x, layer.program, **how)
+            else:
+                used, of_x = _multiply_units(layer, refs, step, number, used, of_x)
+            meetings = layer.meetings_after(step)
+            if step in ("out", "down"):
+                norm = refs.norms[step == "down"].at[number]
+                own_row = lax.min(layer.program, layer.rows - 1)
+                # The residual of long ago is no longer in the cache, unlike what out has just added to it.
+                _meet(layer, refs, norm, *([refs.residual.at[own_row]] if step == "out" else []))
+                _norm(layer, refs, step, norm, plain=step == layer.steps[-1] and turn == layer.count - 1)
+                meetings -= 1
+            for _ in range(meetings):
+                _meet(layer, refs)
 
-    if layer.attention:
-        how = dict(threads=128 * layer.warpgroups, layer=number, eps=layer.eps, interpret=layer.interpret)
-        attend(layer.attention, refs.attention, refs.operands[0].x, **how)
-        meet()
-    for name, product, operands in zip(PRODUCTS, layer.products, refs.operands, strict=False):
-        for unit in layer.units(product):
-
-            @pl.when(unit.first < unit.last)
-            def _(product=product, operands=operands, unit=unit, used=used):
-                _multiply_unit(layer, refs, product, operands, unit, used)
-
-            used = used + unit.last - unit.first
-            if unit.piece:
-                _say_stored(layer, refs, unit)
-        if name == "gate_up":
-            if layer.cut:
-                _finish_tiles(layer, refs, layer.cut, operands.out)
-            meet()
-        elif name != "qkv":
-            norm = refs.norms[name == "down"].at[number]
-            # The residual is as old as the attention: no longer in the cache, unlike what out has added to it.
-            own_row = lax.min(lax.axis_index("program"), layer.rows - 1)
-            meet(norm, *([refs.residual.at[own_row]] if name == "out" else []))
-            _norm(layer, refs, operands.out, norm, name == "down")
-            if product is not layer.products[-1]:
-                meet()
+    layer.each(of_layer)
 
 
-def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operands, unit: Unit, used) -> None:
-    """Partial sums of a unit, or gate times up; `used` slots of either ring were before."""
+def _meet(layer: Layer, refs: Refs, *needed_then) -> None:
+    """Meet the other programs; rows of device memory that are needed then are on their way."""
+    plgpu.barrier_arrive(refs.stored)
+    for row in needed_then:
+        prefetch(row, layer.interpret)
+    plgpu.barrier_wait(refs.met)
+
+
+def _multiply_units(layer: Layer, refs: Refs, step: str, number, used, of_x) -> tuple:
+    """What is this program's of a product; so many slots of either ring were used before, and are then."""
+    product, operands = layer.products[step], refs.operands[step]
+    for unit in layer.units(product):
+
+        @pl.when(unit.first < unit.last)
+        def _(unit=unit, used=used, of_x=of_x):
+            _multiply_unit(layer, refs, product, operands, unit, used, of_x)
+
+        used, of_x = (before + unit.last - unit.first for before in (used, of_x))
+        if unit.piece:
+            _say_stored(layer, refs, unit)
+    if product.gated and layer.cut:
+        _finish_tiles(layer, refs, layer.cut, operands.out, number)
+    return used, of_x
+
+
+def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operands, unit: Unit, used, of_x) -> None:
+    """Partial sums of a unit, or gate times up; so many slots of either ring were used before."""
     config, own = product.plan.config, lax.axis_index("warpgroup")
 
     def all_blocks(sums):
@@ -149,11 +194,12 @@ def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operand
 
         @pl.loop(0, several)
         def _(turn):
-            _multiply_blocks(refs, product.plan, sums, [used + turn * UNROLL + i for i in range(UNROLL)])
+            some = [turn * UNROLL + i for i in range(UNROLL)]
+            _multiply_blocks(refs, product.plan, sums, [(used + i, of_x + i) for i in some])
 
         @pl.loop(several * UNROLL, count)
         def _(index):
-            _multiply_blocks(refs, product.plan, sums, [used + index])
+            _multiply_blocks(refs, product.plan, sums, [(used + index, of_x + index)])
 
         return sums[...]
 
@@ -174,19 +220,19 @@ def _say_stored(layer: Layer, refs: Refs, unit: Unit) -> None:
     if layer.interpret:
         plgpu.barrier_arrive(refs.pieces.all_stored)
     else:
-        pl.when(unit.first < unit.last)(lambda: count_in(refs.pieces.counter, 1))
+        pl.when(unit.first < unit.last)(lambda: count_in(refs.pieces.counter))
 
 
-def _finish_tiles(layer: Layer, refs: Refs, cut: Cut, out) -> None:
+def _finish_tiles(layer: Layer, refs: Refs, cut: Cut, out, number) -> None:
     """Of tiles that are cut, gate times up: by programs that had no piece, which are done before the others."""
-    program, columns = lax.axis_index("program"), layer.products[1].plan.config.block_n // 2
+    program, columns = layer.program, layer.plan.config.block_n // 2
     if layer.interpret:
         plgpu.barrier_wait(refs.pieces.all_stored)
 
     @pl.when(program >= cut.pieces)
     def _():
         if not layer.interpret:
-            await_count(refs.pieces.counter, (refs.number[0] + 1) * (cut.pieces * layer.warpgroups))
+            await_count(refs.pieces.counter, (number + 1) * (cut.pieces * layer.warpgroups))
         gate_pieces(
             refs.pieces.sums,
             out.at[:, pl.ds(cut.first * columns, cut.tiles * columns)],
@@ -206,12 +252,12 @@ def _multiply_blocks(refs: Refs, plan: Plan, sums, blocks: list) -> None:
     group a block came out wrong on an H200).
     """
     rows, reading = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS), None
-    for block in blocks:
+    for block, of_x in blocks:
         weights = refs.weights.at(block)
         packed, scales = weights.data
         plgpu.barrier_wait(weights.full)
         groups = list(dequantized_groups(plan, packed.at[rows], lambda group, scales=scales: scales.at[group, rows]))
-        x = refs.x.at(block)
+        x = refs.x.at(of_x)
         plgpu.barrier_wait(x.full)
         for index, group in enumerate(groups):
             add_product(refs.left, sums, group, x.data[0].at[:, pl.ds(index * plan.group, plan.group)])
@@ -224,24 +270,21 @@ def _multiply_blocks(refs: Refs, plan: Plan, sums, blocks: list) -> None:
     plgpu.barrier_arrive(reading.empty)
 
 
-def _norm(layer: Layer, refs: Refs, parts, norm, after_down: bool) -> None:
-    """Add the partial sums of this program's rows to the residual, and norm it."""
-    source = refs.residual_out if after_down else refs.residual
-    permuted = not after_down or len(layer.products) > 3
+def _norm(layer: Layer, refs: Refs, step: str, norm, *, plain) -> None:
+    """Add the partial sums of this program's rows to the residual, and norm it; with permuted columns, or `plain`."""
     for turn in range(math.ceil(layer.rows / layer.programs)):
-        row = lax.axis_index("program") + turn * layer.programs
+        row = layer.program + turn * layer.programs
 
         @pl.when(row < layer.rows)
         def _(row=row):
             add_norm_row(
-                source.at[row],
-                parts.at[:, row],
+                refs.residual.at[row],
+                refs.operands[step].out.at[:, row],
                 norm,
-                refs.residual_out.at[row],
-                refs.rows_out[after_down].at[row],
+                refs.rows[step].at[row],
                 refs.squares,
+                plain,
                 eps=layer.eps,
                 threads=128 * layer.warpgroups,
-                permuted=permuted,
                 interpret=layer.interpret,
             )

@@ -14,34 +14,34 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.gated_activation import ACTIVATIONS, IS_GELU
-from pallas_kernels.mosaic_instructions import Numbers
+from pallas_kernels.mosaic_instructions import Numbers, thread_index
 from pallas_kernels.rows import permute_columns
 
 AT_A_TIME = 16
 """Pieces of a sum whose loads a thread begins before it waits for the first: eight registers each."""
 
 
-def synchronize(counter, count, meetings: int) -> None:
-    """Count this program in, for so many meetings, and wait until all are: until `counter` has come to `count`, int32 [].
+def synchronize(counter, count) -> None:
+    """Count this program in, and wait until all are: until `counter` has come to `count`, int32 [].
 
     What their warp groups wrote before may then be read, by loads.
     """
-    count_in(counter, meetings)
+    count_in(counter)
     await_count(counter, count)
 
 
-def count_in(counter, times: int) -> None:
-    """Add to a counter, int32 [1] of device memory: who then sees it may read what this warp group wrote before."""
+def count_in(counter) -> None:
+    """Add 1 to a counter, int32 [1] of device memory: who then sees it may read what this warp group wrote before."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def add(_, counter):
         # Each thread's writes come before the one that counts them.
         utils.warpgroup_barrier()
         chosen = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
-        times_ = utils.c(times, ir.IntegerType.get_signless(32))
+        one = utils.c(1, ir.IntegerType.get_signless(32))
         place = utils.memref_ptr(counter)
         utils.inline_ptx(
-            "red.release.gpu.global.add.u32 [$0], $1;", place, times_, predicate=chosen, has_side_effects=True
+            "red.release.gpu.global.add.u32 [$0], $1;", place, one, predicate=chosen, has_side_effects=True
         )
 
     add(counter)
@@ -102,7 +102,7 @@ def prefetch(row, interpret: bool) -> None:
     def ask(_, row):
         i32, memref = ir.IntegerType.get_signless(32), ir.MemRefType(row.type)
         line = 128 // utils.bytewidth(memref.element_type)
-        thread = utils.thread_idx()
+        thread = thread_index()
         inside = arith.cmpi(arith.CmpIPredicate.ult, thread, utils.c(-(-memref.shape[0] // line), i32))
         place = utils.getelementptr(
             utils.memref_ptr(row), [arith.muli(thread, utils.c(line, i32))], memref.element_type
@@ -135,7 +135,7 @@ def store_gated(sums, out, tile, activation: str, interpret: bool) -> None:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         kind, target = ir.MemRefType(out.type).element_type, utils.memref_ptr(out)
         pair = ir.VectorType.get((2,), kind)
-        lane = arith.remui(utils.thread_idx(), utils.c(128, i32))
+        lane = arith.remui(thread_index(), utils.c(128, i32))
         # Thread 32 w + 4 r + t of a warp group has column 8 w + r of the results in rows 8 b + 2 t and the next. Of those, it and
         # the one of r xor 1 exchange one, so that each stores both columns of one row.
         column, odd = arith.divui(lane, utils.c(4, i32)), _digit(lane, 4, 2, 1, i32)
@@ -192,7 +192,7 @@ def gate_pieces(
         pair = ir.VectorType.get((2,), kind)
         strides, out_strides = (ir.MemRefType(ref.type).get_strides_and_offset()[0] for ref in (pieces, out))
         source, target = utils.memref_ptr(pieces), utils.memref_ptr(out)
-        item = of.add(of.mul(block.registers.item(), threads), of.rem(utils.thread_idx(), threads))
+        item = of.add(of.mul(block.registers.item(), threads), of.rem(thread_index(), threads))
         inside, item = of.below(item, items), of.least(item, items - 1)
         row, chunk = of.div(item, chunks), of.rem(item, chunks)
         own = of.add(of.mul(row, strides[1]), of.mul(of.div(chunk, 2), 16), of.mul(of.rem(chunk, 2), 4))
@@ -240,10 +240,8 @@ def _gate_times_up(gate, up, gelu: bool, f32):
     return arith.mulf(arith.mulf(gate, sigmoid), up)
 
 
-def add_norm_row(
-    source, parts, scale, out, rows, squares, *, eps: float, threads: int, permuted: bool, interpret: bool
-) -> None:
-    """out = source + the sum of parts [S, D]; rows = out / rms(out) * scale, with permuted columns or not. One row, by `threads` threads.
+def add_norm_row(residual, parts, scale, rows, squares, plain, *, eps: float, threads: int, interpret: bool) -> None:
+    """residual += the sum of parts [S, D]; rows = residual / rms(residual) * scale, with permuted columns unless `plain`. One row, by `threads` threads.
 
     Roundings are those of `add_rms_norm_triton.py`: the branch is added in float32, and the rounded sum is what is normed.
     """
@@ -251,28 +249,28 @@ def add_norm_row(
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _():
-            total = (source[...].astype(jnp.float32) + jnp.sum(parts[...], axis=0)).astype(out.dtype)
-            out[...] = total
+            total = (residual[...].astype(jnp.float32) + jnp.sum(parts[...], axis=0)).astype(residual.dtype)
+            residual[...] = total
             wide = total.astype(jnp.float32)
             normed = (wide * lax.rsqrt(jnp.mean(wide * wide) + eps)).astype(rows.dtype) * scale[...].astype(rows.dtype)
-            rows[...] = permute_columns(normed[None])[0] if permuted else normed
+            rows[...] = jnp.where(plain, normed, permute_columns(normed[None])[0])
 
         return
     (count, width) = parts.shape
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6)
-    def add(_, source, parts, scale, out, rows, squares):
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 5, plgpu.Layout.WG_SPLAT))
+    def add(_, residual, parts, scale, rows, squares, plain):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        wide, kind = ir.VectorType.get((8,), f32), ir.MemRefType(out.type).element_type
+        wide, kind = ir.VectorType.get((8,), f32), ir.MemRefType(rows.type).element_type
+        plain = arith.cmpi(arith.CmpIPredicate.ne, plain.registers.item(), utils.c(0, i32))
         narrow = ir.VectorType.get((8,), kind)
         stride = ir.MemRefType(parts.type).get_strides_and_offset()[0][0]
-        thread = arith.remui(utils.thread_idx(), utils.c(threads, i32))
+        thread = arith.remui(thread_index(), utils.c(threads, i32))
 
         def load(ref, offset):
             element = ir.MemRefType(ref.type).element_type
-            value = llvm.load(
-                ir.VectorType.get((8,), element), utils.getelementptr(utils.memref_ptr(ref), [offset], element)
-            )
+            place = utils.getelementptr(utils.memref_ptr(ref), [offset], element)
+            value = llvm.load(ir.VectorType.get((8,), element), place)
             return value if element == f32 else arith.extf(wide, value)
 
         # Eight columns of a thread in turn; threads beyond the last columns repeat the last ones and store nothing.
@@ -286,7 +284,7 @@ def add_norm_row(
             for part in range(count):
                 piece = load(parts, arith.addi(column, utils.c(part * stride, i32)))
                 value = piece if value is None else arith.addf(value, piece)
-            value = arith.truncf(narrow, arith.addf(load(source, column), value))
+            value = arith.truncf(narrow, arith.addf(load(residual, column), value))
             rounded = arith.extf(wide, value)
             square = vector.reduction(f32, vector.CombiningKind.ADD, arith.mulf(rounded, rounded))
             square = arith.select(inside, square, arith.constant(f32, ir.FloatAttr.get(f32, 0.0)))
@@ -305,21 +303,21 @@ def add_norm_row(
             )
             normed = arith.truncf(narrow, normed)
             with utils.when(inside):
-                llvm.store(value, utils.getelementptr(utils.memref_ptr(out), [column], kind))
-                target = utils.memref_ptr(rows)
-                if not permuted:
-                    llvm.store(normed, utils.getelementptr(target, [column], kind))
-                    continue
+                llvm.store(value, utils.getelementptr(utils.memref_ptr(residual), [column], kind))
                 # Of 16 columns, the half h has 4t + 2h' + j with t = 2h and 2h + 1: they go to 8h' + 2t + j.
                 pairs = [utils.vector_slice(normed, slice(2 * i, 2 * i + 2)) for i in range(4)]
                 odd = arith.remui(chunk, utils.c(2, i32))
                 place = arith.subi(column, arith.muli(odd, utils.c(4, i32)))
                 for later in range(2):
-                    four = utils.vector_concat([pairs[later], pairs[2 + later]])
-                    at = arith.addi(place, utils.c(8 * later, i32))
-                    llvm.store(four, utils.getelementptr(target, [at], kind))
+                    four = [
+                        utils.vector_concat([pairs[i], pairs[j]])
+                        for i, j in ((2 * later, 2 * later + 1), (later, 2 + later))
+                    ]
+                    at = [arith.addi(column, utils.c(4 * later, i32)), arith.addi(place, utils.c(8 * later, i32))]
+                    four, at = (arith.select(plain, *of_each) for of_each in (four, at))
+                    llvm.store(four, utils.getelementptr(utils.memref_ptr(rows), [at], kind))
 
-    add(source, parts, scale, out, rows, squares)
+    add(residual, parts, scale, rows, squares, jnp.asarray(plain).astype(jnp.int32))
 
 
 def _sum_of_threads(value, squares, thread, threads: int, i32, f32):

@@ -3,16 +3,12 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-
-Copies: TypeAlias = Callable[..., Iterable[tuple[Any, Any]]]
-"""A slot's arrays -> (source, target) of every copy into them."""
 
 
 class Slots(NamedTuple):
@@ -21,23 +17,15 @@ class Slots(NamedTuple):
     data: tuple[Any, ...]
     full: Any
     empty: Any
-    first: Any = 0
-    count: int | None = None
-    """None: all of them."""
-
-    def part(self, index, parts: int) -> "Slots":
-        """A ring that has the slots of one of so many equal parts."""
-        count = self.full.shape[0] // parts
-        return self._replace(first=index * count, count=count)
 
     @property
     def stages(self) -> int:
         """Slots."""
-        return self.full.shape[0] if self.count is None else self.count
+        return self.full.shape[0]
 
     def at(self, block) -> "Slots":
         """The slot of a block, by its number among all that the ring brings."""
-        slot = self.first + lax.rem(block, self.stages)
+        slot = lax.rem(block, self.stages)
         return Slots(tuple(ref.at[slot] for ref in self.data), self.full.at[slot], self.empty.at[slot])
 
     def claim(self, block) -> "Slots":
@@ -53,12 +41,6 @@ class Slots(NamedTuple):
     def await_block(self, block) -> None:
         """Wait until a block has come. Who waits for one has to wait for all, in their order."""
         plgpu.barrier_wait(self.at(block).full)
-
-    def fill(self, block, copies: Copies) -> None:
-        """Begin to copy what the slot has, once all who multiply have read what it had."""
-        slot = self.claim(block)
-        for source, target in copies(*slot.data):
-            plgpu.copy_gmem_to_smem(source, target, slot.full)
 
     def drain(self, used) -> None:
         """Wait until all of the `used` blocks are read: what the interpreter asks of who fills them, and a GPU does not need.

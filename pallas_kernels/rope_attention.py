@@ -15,9 +15,8 @@ from pallas_kernels.rows import Rows
 
 
 class NewTokens(NamedTuple):
-    """What an attention of one token begins with: the arrays that `rope_attention` takes, by their names."""
+    """What an attention of one token begins with beside qkv: the arrays that `rope_attention` takes, by their names."""
 
-    qkv: Float[Array, "S Q G HKK_Hd"]
     cos: Float[Array, "Q Hd_2"]
     sin: Float[Array, "Q Hd_2"]
     prompt_k: Shaped[Array, "L Q K P Hd"]

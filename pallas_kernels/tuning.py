@@ -18,7 +18,7 @@ MMA, MMA_SWAPPED, WGMMA = "mma", "mma_swapped", "wgmma"  # forms of the product,
 MOSAIC = "mosaic"  # and int4_matmul_mosaic.py
 READS_PERMUTED = (WGMMA, MOSAIC)
 LAYER_BLOCK, LAYER_X_STAGES = 128, 4
-"""Rows and columns of a block of weights of `decode_layer`, and slots of the ring that brings its rows."""
+"""Rows and columns of a block of weights of `decode_layers`, and slots of the ring that brings its rows."""
 
 
 @dataclass(frozen=True)
@@ -176,30 +176,35 @@ def int8_config(m: int, n: int, k: int, group: int, *, multiprocessors: int = 13
 
 
 def layer_config(block_m: int, split_k: int) -> Int4Config:
-    """Of a product of `decode_layer`, with as many slots for weights as fit beside those for rows of x."""
-    slot = LAYER_BLOCK * (LAYER_BLOCK + 4)  # two scales a row at least, of 2 bytes
-    room = SHARED_BYTES - 1024 - 2 * LAYER_X_STAGES * block_m * LAYER_BLOCK
+    """Of a product of `decode_layers`, with as many slots for weights as fit beside those for rows of x."""
+    slot, room = layer_room(block_m)
     return Int4Config(block_m, LAYER_BLOCK, LAYER_BLOCK, split_k, MOSAIC, warps=8, stages=min(12, room // slot))
+
+
+def layer_room(block_m: int, others: int = 0) -> tuple[int, int]:
+    """(bytes of a slot for weights, with two scales a row at least; bytes for all of them beside those for rows of x, in whose place `others` are)."""
+    rows = 2 * LAYER_X_STAGES * block_m * LAYER_BLOCK
+    return LAYER_BLOCK * (LAYER_BLOCK + 4), SHARED_BYTES - 1024 - max(rows, others)
 
 
 def decode_layer_configs(
     m: int, shapes: tuple[tuple[int, int], ...], multiprocessors: int
 ) -> tuple[Int4Config, ...] | None:
-    """The blocks of a layer's products, in order of `shapes` = (N, K), gate_up the second; None: the kernel cannot run these.
+    """The blocks of a layer's products, in order of `shapes` = (N, K) of qkv, out, gate_up and down; None: the kernel cannot run these.
 
     K is split as often as leaves no more units than programs, of gate_up not at all, because its gate needs whole
     sums. On an H200 no other choice that was tried was faster (docs/benchmarks.md).
     """
     block_m = max(16, power_of_two(m))
     splits = [max(1, min(multiprocessors * LAYER_BLOCK // n, k // LAYER_BLOCK)) for n, k in shapes]
-    splits[1] = 1
+    splits[2] = 1
     configs = tuple(layer_config(block_m, split) for split in splits)
     fits = all(config.fits(m, n, k, 64) for config, (n, k) in zip(configs, shapes, strict=True))
     return configs if fits and multiprocessors >= block_m else None
 
 
 def layer_attention_tile(questions: int, group: int, kv_heads: int, share: int, programs: int) -> tuple[int, int]:
-    """(generations of a tile of the attention in `decode_layer`, tiles): as few as leave no more tiles than programs, or as many as have room."""
+    """(generations of a tile of the attention in `decode_layers`, tiles): as few as leave no more tiles than programs, or as many as have room."""
     most = max(1, min(group, dispatch.LAYER_QUERIES // share))
     choices = [(n, questions * kv_heads * math.ceil(group / n)) for n in range(1, most + 1)]
     return next((choice for choice in choices if choice[1] <= programs), choices[-1])

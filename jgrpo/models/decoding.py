@@ -6,19 +6,29 @@ write after qkv, the residual with the following norm after out and down, the ga
 gate are one kernel. A layer therefore takes its input normed already and leaves the normed input of the next one. Where no
 kernel runs, the jnp twins compute exactly what `_layer` does.
 
-Of a copy that is laid out for it (`LayerWeights`), an attention and all up to the next layer's qkv is one operation.
+Of a copy that is laid out for it (`pallas_kernels.LayerMatrices`), all layers are one operation, or, where their attentions differ or have none of
+that operation's forms, all between two attentions is one.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int32
 
 from jgrpo.models.config import ModelConfig
-from jgrpo.quantization import LAYERS, LayerWeights, gated_matmul, matmul_parts, reads_permuted
-from pallas_kernels import NewTokens, Rows, add_rms_norm, decode_layer, layer_counter
+from jgrpo.quantization import LAYERS, gated_matmul, matmul_parts, reads_permuted
+from pallas_kernels import (
+    LayerMatrices,
+    NewTokens,
+    Rows,
+    add_rms_norm,
+    decode_layer,
+    decode_layers,
+    first_qkv,
+    layer_counter,
+)
 
 Adapter = dict[str, tuple[Array, Array]]
 
@@ -28,8 +38,8 @@ class DecodeAttend(NamedTuple):
 
     rows: Callable[[Float[Array, "S M N"], bool], tuple[Rows, Any]]
     """Partial sums of qkv, without its bias, and whether to permute the columns of the result -> (the heads' outputs, the cache)."""
-    new_tokens: Callable[[Float[Array, "S M N"]], NewTokens] | None
-    """The same sums -> what a kernel that begins with the attention is given; None: these heads have no such kernel."""
+    new_tokens: Callable[[], NewTokens] | None
+    """What an operation of all layers is given; None: the layers attend differently, or these heads have no such operation."""
     how: dict[str, Any]
     """The scale of scores, their soft-cap, and the window."""
     written: Callable[..., Any]
@@ -53,7 +63,29 @@ class DecodeLayers:
         made = self.weights.get(FOLLOWING_NORM)
         self.following_norm = following_norms(base) if made is None else made
 
-    def enter(self, residual: Float[Array, "M D"]) -> Rows:
+    def run(
+        self,
+        residual: Float[Array, "M D"],
+        cache: Any,
+        attention: Callable[[Any, int | Array], DecodeAttend],
+        unroll: bool,
+    ) -> tuple[Float[Array, "M D"], Any]:
+        """(normed rows after the last layer, the cache); `attention` of a cache and a layer."""
+
+        def body(layer: int | Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+            residual, ahead, cache = carry
+            return self.layer(layer, residual, ahead, attention(cache, layer))
+
+        carry = (residual, self.enter(residual), cache)
+        if unroll:
+            for layer in range(self.config.num_layers):
+                carry = body(layer, carry)
+        else:
+            carry = lax.fori_loop(0, self.config.num_layers, body, carry)
+        _, ahead, cache = carry
+        return self.leave(ahead), cache
+
+    def enter(self, residual: Float[Array, "M D"]) -> Any:
         """The normed input of the first layer."""
         return self._add(residual, None, None, self.weights["input_norm"], 0, self._permuted("qkv", 0, residual))[1]
 
@@ -61,9 +93,9 @@ class DecodeLayers:
         self,
         index: int | Array,
         residual: Float[Array, "M D"],
-        rows: Rows,
+        rows: Any,
         attend: DecodeAttend,
-    ) -> tuple[Float[Array, "M D"], Rows, Any]:
+    ) -> tuple[Float[Array, "M D"], Any, Any]:
         """(residual, its rows normed for what follows, whatever `attend` keeps)."""
         attended, kept = attend.rows(self._product("qkv", index, rows), self._permuted("out", index, residual))
         out = self._product("out", index, attended)
@@ -85,7 +117,7 @@ class DecodeLayers:
         return *self._add(residual, "down", down, self.following_norm, index, permuted), kept
 
     @staticmethod
-    def leave(rows: Rows) -> Float[Array, "M D"]:
+    def leave(rows: Any) -> Float[Array, "M D"]:
         """What the last layer left."""
         return rows.plain
 
@@ -129,37 +161,47 @@ class Ahead(NamedTuple):
 
 
 class FusedDecodeLayers(DecodeLayers):
-    """The same from `LayerWeights`; its layers are unrolled, and there is no adapter beside them."""
+    """The same from `LayerMatrices`; there is no adapter beside them."""
 
     def __init__(self, config: ModelConfig, base: Any, dtype: Any) -> None:
-        copy: LayerWeights = base["layers"][LAYERS]
-        super().__init__(config, {**base, "layers": {**base["layers"], "qkv": copy.first_qkv}}, {}, dtype)
-        self.copy = copy
+        super().__init__(config, base, {}, dtype)
+        self.matrices: LayerMatrices = self.weights[LAYERS]
+        self.norms = (self.weights["post_norm"], self.following_norm)
+        self.how: dict[str, Any] = dict(eps=config.rms_norm_eps, activation=config.activation)
+
+    def run(
+        self,
+        residual: Float[Array, "M D"],
+        cache: Any,
+        attention: Callable[[Any, int | Array], DecodeAttend],
+        unroll: bool,
+    ) -> tuple[Float[Array, "M D"], Any]:
+        """(normed rows after the last layer, the cache); layers that attend apart are written out."""
+        attend = attention(cache, 0)
+        if attend.new_tokens is None:
+            return super().run(residual, cache, attention, unroll=True)
+        rows, caches = decode_layers(
+            attend.new_tokens(), residual, self._rows(residual), self.norms, self.matrices, **self.how, **attend.how
+        )
+        return rows, attend.written(*caches)
+
+    def _rows(self, residual: Float[Array, "M D"]) -> Rows:
+        """The normed input of the first layer."""
+        return self._add(residual, None, None, self.weights["input_norm"], 0, permuted=True)[1]
 
     def enter(self, residual: Float[Array, "M D"]) -> Ahead:
         """The qkv of the first layer."""
-        return Ahead(self._product("qkv", 0, super().enter(residual)), layer_counter())
+        return Ahead(first_qkv(self._rows(residual), self.matrices), layer_counter())
 
     def layer(
         self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: DecodeAttend
     ) -> tuple[Float[Array, "M D"], Ahead, Any]:
         """(residual, what the next layer begins with, whatever `attend` keeps)."""
-        if attend.new_tokens is None:
-            attended, kept = attend.rows(ahead.parts, True)
-        else:
-            attended, kept = attend.new_tokens(ahead.parts), None
-        residual, parts, counter, caches = decode_layer(
-            attended,
-            residual,
-            (self.weights["post_norm"], self.following_norm),
-            self.copy.layers[index],
-            ahead.counter,
-            layer=index,
-            eps=self.config.rms_norm_eps,
-            activation=self.config.activation,
-            **attend.how,
+        attended, kept = attend.rows(ahead.parts, True)
+        residual, *left = decode_layer(
+            attended, residual, self.norms, self.matrices, ahead.counter, layer=index, **self.how
         )
-        return residual, Ahead(parts, counter), kept if caches is None else attend.written(*caches)
+        return residual, Ahead(*left), kept
 
     @staticmethod
     def leave(ahead: Ahead) -> Float[Array, "M D"]:

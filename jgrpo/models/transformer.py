@@ -34,7 +34,7 @@ from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
-from jgrpo.quantization import LAYERS, LayerWeights, MixedWeight, Weight, embed, matmul
+from jgrpo.quantization import LAYERS, MixedWeight, Weight, embed, matmul
 from pallas_kernels import ACTIVATIONS, NewTokens, Rows, joined, rms_norm
 from pallas_kernels.rope_cache import write as write_slot
 
@@ -187,22 +187,11 @@ class Transformer(nn.Module):
         else:
             adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
             layers = DecodeLayers(self.config, base, adapter, self.dtype)
-        attention = self._decode_attention(base["layers"], cache)
-
-        def body(layer: int | Array, carry: tuple[Array, Any, KVCache]) -> tuple[Array, Any, KVCache]:
-            residual, ahead, cache = carry
-            return layers.layer(layer, residual, ahead, attention(cache, layer))
-
+        unroll = unroll or any(isinstance(weight, tuple | MixedWeight) for weight in base["layers"].values())
         x = self._embed(base, tokens)
-        residual = x.reshape(-1, x.shape[-1])
-        carry = (residual, layers.enter(residual), cache)
-        if unroll or any(isinstance(weight, tuple | MixedWeight | LayerWeights) for weight in base["layers"].values()):
-            for layer in range(self.config.num_layers):
-                carry = body(layer, carry)
-        else:
-            carry = jax.lax.fori_loop(0, self.config.num_layers, body, carry)
-        _, ahead, cache = carry
-        return layers.leave(ahead).reshape(x.shape), dataclasses.replace(cache, length=cache.length + 1)
+        attention = self._decode_attention(base["layers"], cache)
+        rows, cache = layers.run(x.reshape(-1, x.shape[-1]), cache, attention, unroll)
+        return rows.reshape(x.shape), dataclasses.replace(cache, length=cache.length + 1)
 
     @nn.compact
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -249,6 +238,7 @@ class Transformer(nn.Module):
         ropes = (self.config.rope, self.config.local_rope or self.config.rope)
         fused = all(rope.partial == 1.0 for rope in ropes) and not (norms and self.config.norm_offset)
         tables = rope_tables(positions, *self._rope(0)) if self.config.local_rope is None else None
+        alike = tables is not None and not self.config.mixed_windows
 
         def of_layer(cache: KVCache, layer: int | Array) -> DecodeAttend:
             prompt, kv, slot = (cache.prompt_k, cache.prompt_v, cache.prompt_lengths), (cache.k, cache.v), cache.length
@@ -258,15 +248,17 @@ class Transformer(nn.Module):
             def of_group(qkv: Array) -> Array:
                 return qkv.reshape(qkv.shape[0], *cache.k.shape[1:3], -1)
 
-            def new_tokens(qkv: Array) -> NewTokens:
+            def new_tokens() -> NewTokens:
                 cos, sin = tables or rope_tables(positions, *self._rope(layer))
-                return NewTokens(of_group(qkv), cos, sin, *prompt, *kv, slot, norms, bias, cache.all_scales)
+                return NewTokens(cos, sin, *prompt, *kv, slot, norms, bias, cache.all_scales)
 
             def rows(qkv: Array, permuted: bool) -> tuple[Rows, KVCache]:
                 if fused:
                     given: dict[str, Any] = dict(eps=self.config.rms_norm_eps, dtype=self.dtype)
-                    given |= new_tokens(qkv)._asdict()
-                    out, k, v, scales = pallas_kernels.rope_attention(**given, layer=layer, permuted=permuted, **how)
+                    given |= new_tokens()._asdict()
+                    out, k, v, scales = pallas_kernels.rope_attention(
+                        of_group(qkv), **given, layer=layer, permuted=permuted, **how
+                    )
                     return out, cache.written(k, v, scales)
                 whole = joined(of_group(qkv), self.dtype)
                 whole = whole if bias is None else whole + bias[layer].astype(self.dtype)
@@ -278,7 +270,7 @@ class Transformer(nn.Module):
                     q, *prompt, after.k, after.v, slot + 1, **given, **how
                 ), after
 
-            return DecodeAttend(rows, new_tokens if fused else None, how, cache.written)
+            return DecodeAttend(rows, new_tokens if fused and alike else None, how, cache.written)
 
         return of_layer
 

@@ -23,7 +23,7 @@ from jax import Array
 from jaxtyping import Float, Int8, UInt8
 
 import pallas_kernels
-from pallas_kernels import NF4, LayerMatrix
+from pallas_kernels import NF4
 
 __all__ = [
     "LAYERS",
@@ -31,7 +31,6 @@ __all__ = [
     "Fast8Weight",
     "Int4Weight",
     "Int8Weight",
-    "LayerWeights",
     "MixedWeight",
     "NF4Weight",
     "PackedWeight",
@@ -123,17 +122,7 @@ PackedWeight = (Int4Weight, NF4Weight, Int8Weight, Fast8Weight)
 
 
 LAYERS = "decode_layers"
-"""The key of `LayerWeights` among a base's layers."""
-
-
-@flax.struct.dataclass
-class LayerWeights:
-    """The matrices of all layers in 8 bits, laid out for a kernel a layer (`pallas_kernels.decode_layer`)."""
-
-    first_qkv: Fast8Weight
-    """Layer 0's `[1, N, K]`, which no layer's kernel precedes."""
-    layers: tuple[tuple[LayerMatrix, ...], ...]
-    """out, gate_up and down of each layer, and of all but the last the next one's qkv."""
+"""The key of `LayerMatrices` among a base's layers: in 8 bits, laid out for a kernel of all layers (`pallas_kernels.decode_layers`)."""
 
 
 @flax.struct.dataclass

@@ -16,37 +16,34 @@ and every resumed run decides alike.
 
 import functools
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.models.decoding import FOLLOWING_NORM, following_norms
-from jgrpo.quantization import LAYERS, LayerWeights, MixedWeight, PackedWeight, dequantize, quantize_fast8
-from pallas_kernels import LayerMatrix, interleave_gate
+from jgrpo.quantization import LAYERS, MixedWeight, PackedWeight, dequantize, quantize_fast8
+from pallas_kernels import LayerMatrices, LayerMatrix, interleave_gate
 
 Params = Mapping[str, Any]
 
 MERGED_ROWS = 64
 """Rows from which auto prefers a merged copy: on an H200 a tenth to a quarter faster at 64 (docs/benchmarks.md), more with more rows."""
 FUSED_ROWS = 16
-"""Rows from which auto prefers a copy in 8 bits that has a kernel a layer: on an H200 a 1.5B is then a fifth faster than with int4 at
+"""Rows from which auto prefers a copy in 8 bits that has a kernel of all layers: on an H200 a 1.5B is then a fifth faster than with int4 at
 16 rows and a quarter at 32, and 6 % faster than with a copy in 16 bits at 64."""
 MANY_ROWS, LARGE_COPY = 128, 4e9
 """Below so many rows, and from so many bytes of 16-bit weights on, auto takes a copy in 8 bits also where it has a kernel for each matrix.
 On an H200 with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead."""
 COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
 """Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
-LAYER_ORDER = ("out", "gate_up", "down", "qkv")
-"""The matrices of a layer's kernel; qkv is the next layer's."""
 MEMORY_SHARE = 0.6
 """Share of the device's memory that base, copy and cache may fill under auto; the update needs the rest."""
 
@@ -103,10 +100,10 @@ def choose_weights(
 
 
 def int8_form(model: Transformer, rows: int) -> str:
-    """How a copy in 8 bits is laid out: for a kernel a layer where this device has one for that many rows ("int8_layers"), or a matrix."""
+    """How a copy in 8 bits is laid out: for a kernel of all layers where this device has one for that many rows ("int8_layers"), or a matrix."""
     config = model.config
     plain = not (config.out_bias or config.mlp_bias or config.sandwich_norms or config.norm_offset)
-    matrices = [matrix_shapes(config)[name] for name in LAYER_ORDER]
+    matrices = [matrix_shapes(config)[name] for name in LayerMatrices._fields]
     grouped = all(copy_group(width) == COPY_GROUP for _, width in matrices)
     fused = plain and grouped and pallas_kernels.has_layer_kernel(rows, matrices, model.dtype, SCALE)
     return "int8_layers" if fused else "int8"
@@ -220,21 +217,28 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16") -> dict[str, Any]:
     """W + scale · B A of every matrix, as one array `[N, K]` in the compute dtype for each layer, or ("int8") in 8 bits a weight.
 
-    "int8_layers": the same as "int8" laid out for a kernel a layer, as the one entry `LAYERS`. Made a matrix at a time: beside
+    "int8_layers": the same as "int8" laid out for a kernel of all layers, as the one entry `LAYERS`. Made a matrix at a time: beside
     the result there is never more than one matrix in float32.
     """
     adapter, numbers = _fused(model, lora), range(model.config.num_layers)
     dtype = jnp.dtype(model.dtype).name
 
-    def one(name: str, layer: int, form: str = copy) -> Any:
+    def one(name: str, layer: int) -> Any:
         stack, index = _stack_and_index(base["layers"][name], layer)
-        gate = name == "gate_up"
-        return _merge_one(stack, index, adapter.get(name), layer, copy=form, dtype=dtype, gate=gate)
+        return _merge_one(stack, index, adapter.get(name), layer, copy=copy, dtype=dtype)
+
+    def stacked(name: str) -> LayerMatrix:
+        rows, width = matrix_shapes(model.config)[name]
+        packed = jnp.zeros((len(numbers), rows, width), jnp.uint8)
+        matrix = LayerMatrix(packed, jnp.zeros((len(numbers), width // copy_group(width), rows), SCALE))
+        for layer in numbers:
+            stack, index = _stack_and_index(base["layers"][name], layer)
+            gate = name == "gate_up"
+            matrix = _merge_into(matrix, stack, index, adapter.get(name), layer, dtype=dtype, gate=gate)
+        return matrix
 
     if copy == "int8_layers":
-        own = [tuple(one(name, layer) for name in LAYER_ORDER[:3]) for layer in numbers]
-        following = [*((one("qkv", layer),) for layer in numbers[1:]), ()]
-        return {LAYERS: LayerWeights(one("qkv", 0, "int8"), tuple(map(operator.add, own, following)))}
+        return {LAYERS: LayerMatrices(*map(stacked, LayerMatrices._fields))}
     copies = {name: tuple(one(name, layer) for layer in numbers) for name in matrix_modules(model.config)}
     if copy != "int8":
         return copies
@@ -254,9 +258,9 @@ def _stack_and_index(weight: Any, layer: int) -> tuple[Any, int]:
     return weight, layer
 
 
-@functools.partial(jax.jit, static_argnames=("copy", "dtype", "gate"))
+@functools.partial(jax.jit, static_argnames=("copy", "dtype"))
 def _merge_one(
-    stack: Any, index: Array, adapter: tuple[Array, Array] | None, layer: Array, *, copy: str, dtype: str, gate: bool
+    stack: Any, index: Array, adapter: tuple[Array, Array] | None, layer: Array, *, copy: str, dtype: str
 ) -> Any:
     weight = jax.tree.map(lambda leaf: leaf[index], stack)
     wide = dequantize(weight, jnp.float32) if isinstance(weight, PackedWeight) else weight.astype(jnp.float32)
@@ -268,11 +272,25 @@ def _merge_one(
             wide = wide + jnp.matmul(b.astype(dtype), a.astype(dtype)).astype(jnp.float32)
     if copy == "bf16":
         return wide.astype(dtype)
-    coded = quantize_fast8(wide[None], copy_group(wide.shape[-1]), SCALE)
-    if copy == "int8":
-        return coded
+    return quantize_fast8(wide[None], copy_group(wide.shape[-1]), SCALE)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "gate"), donate_argnames=("into",))
+def _merge_into(
+    into: LayerMatrix,
+    stack: Any,
+    index: Array,
+    adapter: tuple[Array, Array] | None,
+    layer: Array,
+    *,
+    dtype: str,
+    gate: bool,
+) -> LayerMatrix:
+    """The matrices of all layers with this one's, in place."""
+    coded = _merge_one(stack, index, adapter, layer, copy="int8", dtype=dtype)
     packed, scales = map(interleave_gate, (coded.packed, coded.scales)) if gate else (coded.packed, coded.scales)
-    return LayerMatrix(packed, jnp.swapaxes(scales, 1, 2))
+    own = LayerMatrix(packed, jnp.swapaxes(scales, 1, 2))
+    return jax.tree.map(lambda all_layers, one: lax.dynamic_update_slice_in_dim(all_layers, one, layer, 0), into, own)
 
 
 def decoding_variables(model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool) -> Params:

@@ -4,21 +4,24 @@ Prints a line of JSON a kernel, with what ptxas says of it. Run apart from the t
 and a process of which XLA keeps what ptxas says.
 """
 
+import itertools
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import LayerMatrix, NewTokens, decode_layer_mosaic, int4_matmul_mosaic, tuning
+from pallas_kernels import LayerMatrix, NewTokens, decode_layers_mosaic, int4_matmul_mosaic, tuning
 from pallas_kernels.codes import PER_BYTE
 from tests.rollout.gpu_program import h200
 
-GROUP, LAYERS, N, K, RANK, MULTIPROCESSORS, KV_HEADS = 64, 2, 2048, 2048, 128, 132, 2
+GROUP, LAYERS, N, K, RANK, MULTIPROCESSORS = 64, 2, 2048, 2048, 128, 132
 DTYPES = {"int4": jnp.uint8, "int8": jnp.int8}
 
 
@@ -35,40 +38,44 @@ def configurations() -> Iterator[tuple[str, tuning.Int4Config]]:
         yield code, tuning.mosaic_config(*blocks, code=code)
 
 
-def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...]]]:
-    """((N, K) of the matrices, blocks) of whole layers, also of fewer rows, and of a last one."""
-    wide = ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096))
-    narrow = ((1536, 1536), (17920, 1536), (1536, 8960), (2048, 1536))
-    for m, shapes in [(16, wide), (32, wide), (64, wide), (64, wide[:3]), (64, narrow)]:
+def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...], int]]:
+    """((N, K) of the matrices, blocks, heads' width) of whole layers, also of fewer rows."""
+    wide = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+    narrow = ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960))
+    for m, shapes, depth in [(16, wide, 128), (32, wide, 64), (64, wide, 128), (64, narrow, 128)]:
         configs = tuning.decode_layer_configs(m, shapes, MULTIPROCESSORS)
         assert configs is not None
-        yield shapes, configs
+        yield shapes, configs, depth
 
 
-def layer_said_by_ptxas(shapes: tuple, configs: tuple[tuning.Int4Config, ...], sharding) -> str:
-    """Of a layer's kernel for a tile of rows, which begins with an attention of eight completions a question and heads of 128."""
-    m, width, heads = configs[0].block_m, shapes[0][0], shapes[0][1] // 128
-    questions, qkv = m // 8, (heads + 2 * KV_HEADS) * 128
+def layers_said_by_ptxas(
+    shapes: tuple, configs: tuple[tuning.Int4Config, ...], depth: int, apart: bool, sharding
+) -> str:
+    """Of the kernel of all layers for a tile of rows, eight completions a question; or of one whose attention is apart."""
+    (qkv, width), (_, heads), *_ = shapes
+    m, kv_heads = configs[0].block_m, (qkv - heads) // depth // 2
+    questions = m // 8
 
-    def array(shape, dtype):
+    def array(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    prompt = array((LAYERS, questions, KV_HEADS, 256, 128), jnp.bfloat16)
-    suffix = array((LAYERS, questions, 8, KV_HEADS, 512, 128), jnp.bfloat16)
-    tables = [array((questions, 64), jnp.float32)] * 2
+    prompt = array((LAYERS, questions, kv_heads, 256, depth))
+    suffix = array((LAYERS, questions, 8, kv_heads, 512, depth))
+    tables = [array((questions, depth // 2), jnp.float32)] * 2
     lengths, slot = array((questions,), jnp.int32), array((), jnp.int32)
-    sums, bias = array((2, questions, 8, qkv), jnp.float32), array((LAYERS, qkv), jnp.bfloat16)
-    own_norms = (array((LAYERS, 128), jnp.bfloat16),) * 2
-    tokens = NewTokens(sums, *tables, prompt, prompt, lengths, suffix, suffix, slot, own_norms, bias)
-    matrices = [LayerMatrix(array((1, n, k), jnp.uint8), array((1, k // GROUP, n), jnp.bfloat16)) for n, k in shapes]
-    norms = (array((LAYERS, width), jnp.bfloat16),) * 2
-    operands = (tokens, array((m, width), jnp.bfloat16), norms, array((), jnp.int32), array((2,), jnp.int32), matrices)
-
-    def layer(*operands):
-        how = dict(configs=configs, programs=MULTIPROCESSORS, eps=1e-6, activation="silu", scale=0.1)
-        return decode_layer_mosaic.decode_layer(*operands, **how)
-
-    return what_ptxas_says(layer, *operands)
+    own_norms, bias = (array((LAYERS, depth)),) * 2, array((LAYERS, qkv))
+    tokens = NewTokens(*tables, prompt, prompt, lengths, suffix, suffix, slot, own_norms, bias)
+    matrices = tuple(LayerMatrix(array((LAYERS, n, k), jnp.uint8), array((LAYERS, k // GROUP, n))) for n, k in shapes)
+    rows, norms = array((m, width)), (array((LAYERS, width)),) * 2
+    how: dict[str, Any] = dict(programs=MULTIPROCESSORS, eps=1e-6, activation="silu")
+    if apart:
+        of_layer = (array((m, heads)), rows, norms, array((), jnp.int32), array((2,), jnp.int32))
+        how |= dict(configs=(*configs[1:], configs[0]))
+        return what_ptxas_says(
+            partial(decode_layers_mosaic.decode_layer, **how), *of_layer, (*matrices[1:], matrices[0])
+        )
+    how |= dict(configs=configs, scale=0.1)
+    return what_ptxas_says(partial(decode_layers_mosaic.decode_layers, **how), tokens, rows, rows, norms, matrices)
 
 
 def what_ptxas_says(function, *operands) -> str:
@@ -106,9 +113,9 @@ def main() -> None:
         for rank in (0, RANK):
             said = said_by_ptxas(code, config, rank, sharding)
             print(json.dumps({"code": code, "rank": rank, **asdict(config), "ptxas": said}))
-    for shapes, configs in layers():
-        said = layer_said_by_ptxas(shapes, configs, sharding)
-        print(json.dumps({"code": "fast8", "layer": shapes, **asdict(configs[0]), "ptxas": said}))
+    for (shapes, configs, depth), apart in itertools.product(layers(), (False, True)):
+        said = layers_said_by_ptxas(shapes, configs, depth, apart, sharding)
+        print(json.dumps({"code": "fast8", "layer": shapes, "apart": apart, **asdict(configs[0]), "ptxas": said}))
 
 
 if __name__ == "__main__":

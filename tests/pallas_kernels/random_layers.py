@@ -1,11 +1,11 @@
-"""A random layer's inputs for `decode_layer`, and what it computes in float64."""
+"""Random layers' inputs for `decode_layers` and `decode_layer`, and what they compute in float64."""
 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import LayerMatrix, NewTokens, interleave_gate
+from pallas_kernels import LayerMatrices, LayerMatrix, NewTokens, interleave_gate
 from pallas_kernels.codes import fast8_levels
 from tests.pallas_kernels.oracles import attention
 
@@ -13,38 +13,60 @@ EPS = 1e-5
 LAYERS = 3
 
 
-class Layer(NamedTuple):
-    """Arrays in bfloat16, and the matrices in float64."""
+class Layers(NamedTuple):
+    """Arrays in bfloat16, and the matrices of each layer in float64."""
 
     attended: Any
     residual: Any
+    rows: Any
     norms: tuple[Any, Any]
-    matrices: list[LayerMatrix]
-    weights: list[np.ndarray]
+    matrices: LayerMatrices
+    weights: list[dict[str, np.ndarray]]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(N, K) of the matrices."""
+        return [weight.shape for weight in self.weights[0].values()]
 
 
-def random_layer(rng, m: int, width: int, heads: int, ffn: int, qkv: int | None, group: int = 64) -> Layer:
-    """`heads` columns of attention; qkv None: the last layer."""
-    shapes = [(width, heads), (2 * ffn, width), (width, ffn), *([(qkv, width)] if qkv else [])]
-    pairs = [_matrix(rng, n, k, group, gate=i == 1) for i, (n, k) in enumerate(shapes)]
-    matrices, weights = map(list, zip(*pairs, strict=True))
-    attended, residual = (jnp.asarray(rng.normal(size=(m, columns)), jnp.bfloat16) for columns in (heads, width))
+def random_layers(rng, m: int, width: int, heads: int, ffn: int, qkv: int, group: int = 64) -> Layers:
+    """`heads` columns of attention."""
+    shapes = {"qkv": (qkv, width), "out": (width, heads), "gate_up": (2 * ffn, width), "down": (width, ffn)}
+    pairs = {name: _matrix(rng, *shape, group, gate=name == "gate_up") for name, shape in shapes.items()}
+    attended, *others = (jnp.asarray(rng.normal(size=(m, columns)), jnp.bfloat16) for columns in (heads, width, width))
     scales = [jnp.asarray(rng.uniform(0.5, 1.5, (LAYERS, width)), jnp.bfloat16) for _ in range(2)]
-    return Layer(attended, residual, (scales[0], scales[1]), matrices, weights)
+    weights = [{name: weight[layer] for name, (_, weight) in pairs.items()} for layer in range(LAYERS)]
+    matrices = LayerMatrices(**{name: matrix for name, (matrix, _) in pairs.items()})
+    return Layers(attended, *others, (scales[0], scales[1]), matrices, weights)
 
 
 def expected(
-    layer: Layer, number: int, activation: str, attended: np.ndarray | None = None
+    layers: Layers, number: int, activation: str, attended: np.ndarray | None = None, residual: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(residual, qkv or normed rows) with the kernel's roundings to bfloat16 between operations; of other rows than the layer's, if given."""
-    out, gate_up, down, *qkv = layer.weights
-    own, residual, *norms = (np.asarray(a, np.float64) for a in (layer.attended, layer.residual, *layer.norms))
-    residual = _rounded(residual + (own if attended is None else attended) @ out.T)
-    gate, up = np.split(_norm(residual, norms[0][number]) @ gate_up.T, 2, axis=-1)
+    """(residual, the next layer's qkv or the last one's normed rows) with the kernel's roundings to bfloat16 between operations.
+
+    Of other rows and another residual than `layers` has, if given.
+    """
+    own, given, *norms = (np.asarray(a, np.float64) for a in (layers.attended, layers.residual, *layers.norms))
+    weights, given = layers.weights[number], given if residual is None else residual
+    after = _rounded(given + (own if attended is None else attended) @ weights["out"].T)
+    gate, up = np.split(_norm(after, norms[0][number]) @ weights["gate_up"].T, 2, axis=-1)
     inner = gate if activation == "silu" else 2 * (2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3)
-    residual = _rounded(residual + _rounded(gate / (1 + np.exp(-inner)) * up) @ down.T)
-    rows = _norm(residual, norms[1][number])
-    return residual, rows @ qkv[0].T if qkv else rows
+    after = _rounded(after + _rounded(gate / (1 + np.exp(-inner)) * up) @ weights["down"].T)
+    rows = _norm(after, norms[1][number])
+    return after, rows if number == LAYERS - 1 else rows @ layers.weights[number + 1]["qkv"].T
+
+
+def expected_of_all(layers: Layers, tokens: NewTokens, activation: str, scale: float) -> tuple[np.ndarray, ...]:
+    """(normed rows after the last layer, keys, values) of `LAYERS` layers that begin with the residual and rows of `layers`."""
+    following = np.asarray(layers.rows, np.float64) @ layers.weights[0]["qkv"].T
+    residual = None
+    for number in range(LAYERS):
+        rows, *caches = expected_attention(tokens, following[None], number, scale)
+        k, v = (jnp.asarray(cache, jnp.bfloat16) for cache in caches)
+        tokens = tokens._replace(k=k, v=v)
+        residual, following = expected(layers, number, activation, rows, residual)
+    return following, *caches
 
 
 def random_tokens(
@@ -58,7 +80,6 @@ def random_tokens(
     suffix_slots: int,
     slot: int,
     *,
-    parts: int = 2,
     normed: bool = True,
     biased: bool = True,
 ) -> NewTokens:
@@ -82,7 +103,6 @@ def random_tokens(
         return jnp.asarray(array, jnp.bfloat16)
 
     return NewTokens(
-        jnp.asarray(normal(parts, questions, group, width), jnp.float32),
         jnp.asarray(np.cos(angles), jnp.float32),
         jnp.asarray(np.sin(angles), jnp.float32),
         *map(narrow, prompt),
@@ -94,10 +114,15 @@ def random_tokens(
     )
 
 
-def expected_attention(tokens: NewTokens, number: int, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows [M, H Hd], keys, values): what new tokens attend to, and the caches with them, rounded where the kernel rounds."""
+def expected_attention(
+    tokens: NewTokens, parts: Any, number: int, scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows [M, H Hd], keys, values): what new tokens attend to, and the caches with them, rounded where the kernel rounds.
+
+    `parts` are partial sums of qkv, [S, M, (H + 2 K) Hd].
+    """
     _, questions, group, kv_heads, _, depth = tokens.k.shape
-    qkv = np.asarray(tokens.qkv, np.float64).sum(axis=0)
+    qkv = np.asarray(parts, np.float64).sum(axis=0)
     qkv = _rounded(qkv if tokens.bias is None else qkv + np.asarray(tokens.bias, np.float64)[number])
     heads = qkv.reshape(questions, group, -1, depth)
     q, new_k, new_v = np.split(heads, [heads.shape[2] - 2 * kv_heads, heads.shape[2] - kv_heads], axis=2)
@@ -119,12 +144,10 @@ def expected_attention(tokens: NewTokens, number: int, scale: float) -> tuple[np
 
 
 def _matrix(rng, n: int, k: int, group: int, gate: bool) -> tuple[LayerMatrix, np.ndarray]:
-    packed = rng.integers(0, 256, (1, n, k)).astype(np.uint8)
-    signs = rng.choice([-1, 1], (1, n, k // group))
+    packed = rng.integers(0, 256, (LAYERS, n, k)).astype(np.uint8)
+    signs = rng.choice([-1, 1], (LAYERS, n, k // group))
     scales = jnp.asarray(signs * rng.uniform(0.5, 1.0, signs.shape) / (150 * k**0.5), jnp.bfloat16)
-    weight = fast8_levels(packed[0], np).astype(np.float64) * np.repeat(
-        np.asarray(scales, np.float64)[0], group, axis=1
-    )
+    weight = fast8_levels(packed, np).astype(np.float64) * np.repeat(np.asarray(scales, np.float64), group, axis=2)
     packed, scales = (interleave_gate(a) if gate else a for a in (jnp.asarray(packed), scales))
     return LayerMatrix(packed, jnp.swapaxes(scales, 1, 2)), weight
 
