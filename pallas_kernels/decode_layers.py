@@ -94,7 +94,7 @@ def decode_layers(
     configs = _configs(residual.shape[0], matrices, residual.dtype)
     problem = "no GPU with a kernel for these matrices and rows"
     if configs is not None:
-        problem = _attention_problem(tokens, matrices.qkv.packed.shape[1], residual.dtype, window, softcap)
+        problem = attention_problem(tokens, matrices.qkv.packed.shape[1], residual.dtype, window, softcap)
     if implementation == dispatch.MOSAIC and problem:
         raise ValueError(f"decode_layers: one kernel cannot run here: {problem}")
     if not problem and implementation != dispatch.REFERENCE:
@@ -196,7 +196,7 @@ def _chosen(
     return None if implementation == dispatch.REFERENCE else configs
 
 
-def _attention_problem(tokens: NewTokens, width: int, dtype, window, softcap) -> str | None:
+def attention_problem(tokens: NewTokens, width: int, dtype, window, softcap) -> str | None:
     """Why the kernel of all layers cannot have their attention; `width` is that of qkv."""
     device, (_, questions, group, kv_heads, suffix, head_dim) = dispatch.current_device(), tokens.k.shape
     share, slots = width // head_dim // kv_heads - 2, (tokens.prompt_k.shape[3], suffix)

@@ -15,6 +15,7 @@ from pallas_kernels import (
     layer_counter,
     tuning,
 )
+from pallas_kernels.decode_layers import attention_problem
 from tests.pallas_kernels.oracles import relative_error
 from tests.pallas_kernels.random_layers import EPS, expected, expected_of_all, random_layers, random_tokens
 
@@ -97,6 +98,14 @@ def test_rule_of_the_attention(changes, reason):
     given = dict(dtype=jnp.bfloat16, head_dim=128, share=6, tiles=128, has_window=False, softcap=None)
     given |= dict(cache_dtype=jnp.bfloat16, cache_slots=(64, 128))
     problem = dispatch.layer_attention_problem(HOPPER, **(given | changes))
+    assert problem is None if reason is None else reason in str(problem)
+
+
+@pytest.mark.parametrize(("window", "reason"), [(None, None), (40, None), (39, "no window")])
+def test_a_window_that_holds_every_slot_is_none(monkeypatch, window, reason):
+    monkeypatch.setattr(dispatch, "current_device", lambda: HOPPER)
+    tokens = random_tokens(np.random.default_rng(0), 8, 8, 2, 6, 64, 16, 24, 7)
+    problem = attention_problem(tokens, 2 * (6 + 2) * 64, jnp.bfloat16, window, None)
     assert problem is None if reason is None else reason in str(problem)
 
 
