@@ -54,14 +54,28 @@ def expected(
     inner = gate if activation == "silu" else 2 * (2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3)
     after = _rounded(after + _rounded(gate / (1 + np.exp(-inner)) * up) @ weights["down"].T)
     rows = _norm(after, norms[1][number])
-    return after, rows if number == LAYERS - 1 else rows @ layers.weights[number + 1]["qkv"].T
+    return after, rows if number == len(layers.weights) - 1 else rows @ layers.weights[number + 1]["qkv"].T
+
+
+def last_two(layers: Layers, tokens: NewTokens) -> tuple[Layers, NewTokens]:
+    """The same without the first layer."""
+
+    def cut(array: Any) -> Any:
+        return array[LAYERS - 2 :]
+
+    matrices = LayerMatrices(*(LayerMatrix(*map(cut, matrix)) for matrix in layers.matrices))
+    norms = (cut(layers.norms[0]), cut(layers.norms[1]))
+    kept = {name: cut(getattr(tokens, name)) for name in ("prompt_k", "prompt_v", "k", "v")}
+    kept |= {"norms": tokens.norms and tuple(map(cut, tokens.norms))}
+    kept |= {"bias": None if tokens.bias is None else cut(tokens.bias)}
+    return layers._replace(norms=norms, matrices=matrices, weights=cut(layers.weights)), tokens._replace(**kept)
 
 
 def expected_of_all(layers: Layers, tokens: NewTokens, activation: str, scale: float) -> tuple[np.ndarray, ...]:
-    """(normed rows after the last layer, keys, values) of `LAYERS` layers that begin with the residual and rows of `layers`."""
+    """(normed rows after the last layer, keys, values) of all layers, which begin with the residual and rows of `layers`."""
     following = np.asarray(layers.rows, np.float64) @ layers.weights[0]["qkv"].T
     residual = None
-    for number in range(LAYERS):
+    for number in range(len(layers.weights)):
         rows, *caches = expected_attention(tokens, following[None], number, scale)
         k, v = (jnp.asarray(cache, jnp.bfloat16) for cache in caches)
         tokens = tokens._replace(k=k, v=v)

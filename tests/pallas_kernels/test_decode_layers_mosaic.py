@@ -23,6 +23,7 @@ from tests.pallas_kernels.random_layers import (
     Layers,
     expected,
     expected_of_all,
+    last_two,
     random_layers,
     random_tokens,
 )
@@ -44,7 +45,13 @@ SCALE = 0.2
     ],
 )
 def test_layer(m, width, heads, ffn, qkv, splits, activation):
-    _check_layer(random_layers(np.random.default_rng(m), m, width, heads, ffn, qkv), splits, activation, PROGRAMS)
+    """And the qkv in front of the first one."""
+    layers = random_layers(np.random.default_rng(m), m, width, heads, ffn, qkv)
+    config, how = _configs(layers, splits)[0], dict(programs=PROGRAMS, interpret=INTERPRET)
+    parts = decode_layers_mosaic.first_qkv(permute_columns(layers.rows), layers.matrices.qkv, config=config, **how)
+    want = np.asarray(layers.rows, np.float64) @ layers.weights[0]["qkv"].T
+    assert relative_error(np.asarray(parts, np.float64).sum(0), want) < TOLERANCE
+    _check_layer(layers, splits, activation, PROGRAMS)
 
 
 def test_programs_without_work_keep_pace():
@@ -92,7 +99,7 @@ def test_all_layers(questions, group, kv_heads, share, depth, slots, slot, progr
     rng = np.random.default_rng(slot)
     tokens = random_tokens(rng, questions, group, kv_heads, share, depth, *slots, slot, **how)
     heads, qkv, programs = kv_heads * share * depth, kv_heads * (share + 2) * depth, programs if INTERPRET else PROGRAMS
-    layers = random_layers(rng, questions * group, 256, heads, 256, qkv)
+    layers, tokens = last_two(random_layers(rng, questions * group, 256, heads, 256, qkv), tokens)
     how = dict(programs=programs, eps=EPS, activation="silu", scale=SCALE, interpret=INTERPRET)
     rows, caches = decode_layers_mosaic.decode_layers(
         tokens,
@@ -117,11 +124,8 @@ def _configs(layers: Layers, splits: tuple[int, ...]) -> tuple[tuning.Int4Config
 
 
 def _check_layer(layers: Layers, splits: tuple[int, ...], activation: str, programs: int) -> None:
-    """qkv of the first layer, then a chain of layers without attentions, the last one among them."""
+    """A chain of layers without attentions, the last one among them."""
     configs, how = _configs(layers, splits), dict(programs=programs, interpret=INTERPRET)
-    parts = decode_layers_mosaic.first_qkv(permute_columns(layers.rows), layers.matrices.qkv, config=configs[0], **how)
-    want = np.asarray(layers.rows, np.float64) @ layers.weights[0]["qkv"].T
-    assert relative_error(np.asarray(parts, np.float64).sum(0), want) < TOLERANCE
     qkv, *others = zip(layers.matrices, configs, strict=True)
     how |= dict(eps=EPS, activation=activation)
     counter = layer_counter()
