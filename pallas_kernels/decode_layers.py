@@ -21,7 +21,7 @@ from pallas_kernels.add_rms_norm import reference as add_rms_norm
 from pallas_kernels.codes import LAYER_CODE, dequantize
 from pallas_kernels.rope_attention import NewTokens, rope_attention
 from pallas_kernels.rope_cache import Scales
-from pallas_kernels.rows import Rows, permute_columns
+from pallas_kernels.rows import Rows
 
 Norms = tuple[Float[Array, "L D"], Float[Array, "L D"]]
 
@@ -102,7 +102,7 @@ def decode_layers(
 
         how: dict[str, Any] = dict(configs=configs, programs=dispatch.current_device().multiprocessors, scale=scale)
         result, caches = kernel(
-            tokens, residual, permuted(rows), norms, matrices, eps=eps, activation=activation, **how
+            tokens, residual, rows.in_permuted_order(), norms, matrices, eps=eps, activation=activation, **how
         )
         return result, Caches(*caches)
     counter, apart = layer_counter(), configs is not None and implementation != dispatch.REFERENCE
@@ -133,7 +133,7 @@ def first_qkv(rows: Rows, matrices: LayerMatrices, *, implementation: str | None
     from pallas_kernels.decode_layers_mosaic import first_qkv as kernel
 
     programs = dispatch.current_device().multiprocessors
-    return kernel(permuted(rows), matrices.qkv, config=configs[0], programs=programs)
+    return kernel(rows.in_permuted_order(), matrices.qkv, config=configs[0], programs=programs)
 
 
 def decode_layer(
@@ -172,12 +172,7 @@ def decode_layer(
     used, blocks = zip(*others, *([] if last else [qkv]), strict=True)
     how: dict[str, Any] = dict(configs=blocks, programs=dispatch.current_device().multiprocessors)
     how |= dict(eps=eps, activation=activation)
-    return DecodedLayer(*kernel(permuted(attended), residual, norms, layer, counter, used, **how))
-
-
-def permuted(rows: Rows) -> Float[Array, "M D"]:
-    """With the columns as kernels read them."""
-    return permute_columns(rows.plain) if rows.permuted is None else rows.permuted
+    return DecodedLayer(*kernel(attended.in_permuted_order(), residual, norms, layer, counter, used, **how))
 
 
 def _check_implementation(name: str, implementation: str | None) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dequantized, dispatch, reference, tuning
 from pallas_kernels.codes import PER_BYTE
-from pallas_kernels.rows import Rows, joined, permute_columns
+from pallas_kernels.rows import Rows, joined
 
 
 def int4_matmul(
@@ -121,7 +121,7 @@ def _int8_partial_sums(rows: Rows, packed, scales, layer, xa, lora_b, out_dtype,
     m, (n, k), group = rows.plain.shape[0], packed.shape[-2:], reference.group_size(packed, scales, code)
     config = tuning.int8_config(m, n, k, group)
     assert config is not None
-    permuted = permute_columns(rows.plain) if rows.permuted is None else rows.permuted
+    permuted = rows.in_permuted_order()
     return partial_sums(permuted, packed, scales, layer, xa, lora_b, out_dtype, config, code)
 
 

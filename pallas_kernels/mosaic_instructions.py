@@ -141,7 +141,8 @@ def program_index(interpret: bool):
 
 def thread_index():
     """Of this thread in its program, i32, read anew: addresses that follow from it are not kept from layer to layer, which took more registers than
-    there are."""
+    there are.
+    """
     return utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=ir.IntegerType.get_signless(32), has_side_effects=True)
 
 

@@ -17,6 +17,10 @@ class Rows(NamedTuple):
     permuted: Float[Array, "M K"] | None = None
     """The same with their columns in the order of `permute_columns`, where that product asks for it (`reads_permuted`)."""
 
+    def in_permuted_order(self) -> Float[Array, "M K"]:
+        """Those, made here if nobody has."""
+        return permute_columns(self.plain) if self.permuted is None else self.permuted
+
 
 def permute_columns(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
     """x with every 16 columns reordered, (4t + 2h + j) -> (8h + 2t + j): what the wgmma form of `int4_matmul` reads."""

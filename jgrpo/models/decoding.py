@@ -11,7 +11,7 @@ that operation's forms, all between two attentions is one.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -46,6 +46,8 @@ class DecodeAttend(NamedTuple):
     """Keys, values and their scales -> the cache."""
 
 
+Attention: TypeAlias = Callable[[Any, int | Array], DecodeAttend]
+"""(cache, layer) -> the layer's attention."""
 FOLLOWING_NORM = "following_norm"
 """The key of `following_norms` among a base's layers, where the caller has made them."""
 
@@ -64,13 +66,9 @@ class DecodeLayers:
         self.following_norm = following_norms(base) if made is None else made
 
     def run(
-        self,
-        residual: Float[Array, "M D"],
-        cache: Any,
-        attention: Callable[[Any, int | Array], DecodeAttend],
-        unroll: bool,
+        self, residual: Float[Array, "M D"], cache: Any, attention: Attention, unroll: bool
     ) -> tuple[Float[Array, "M D"], Any]:
-        """(normed rows after the last layer, the cache); `attention` of a cache and a layer."""
+        """(normed rows after the last layer, the cache)."""
 
         def body(layer: int | Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
             residual, ahead, cache = carry
@@ -170,11 +168,7 @@ class FusedDecodeLayers(DecodeLayers):
         self.how: dict[str, Any] = dict(eps=config.rms_norm_eps, activation=config.activation)
 
     def run(
-        self,
-        residual: Float[Array, "M D"],
-        cache: Any,
-        attention: Callable[[Any, int | Array], DecodeAttend],
-        unroll: bool,
+        self, residual: Float[Array, "M D"], cache: Any, attention: Attention, unroll: bool
     ) -> tuple[Float[Array, "M D"], Any]:
         """(normed rows after the last layer, the cache); layers that attend apart are written out."""
         attend = attention(cache, 0)

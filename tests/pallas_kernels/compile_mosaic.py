@@ -42,16 +42,16 @@ def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...], int]]:
     """((N, K) of the matrices, blocks, heads' width) of whole layers, also of fewer rows."""
     wide = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
     narrow = ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960))
-    for m, shapes, depth in [(16, wide, 128), (32, wide, 64), (64, wide, 128), (64, narrow, 128)]:
+    for m, shapes, depth in [(16, wide, 128), (32, wide, 128), (32, wide, 64), (64, wide, 128), (64, narrow, 128)]:
         configs = tuning.decode_layer_configs(m, shapes, MULTIPROCESSORS)
         assert configs is not None
         yield shapes, configs, depth
 
 
 def layers_said_by_ptxas(
-    shapes: tuple, configs: tuple[tuning.Int4Config, ...], depth: int, apart: bool, sharding
+    shapes: tuple, configs: tuple[tuning.Int4Config, ...], depth: int, apart: str, sharding
 ) -> str:
-    """Of the kernel of all layers for a tile of rows, eight completions a question; or of one whose attention is apart."""
+    """Of the kernel of all layers for a tile of rows, eight completions a question; or of one ("one", "last") whose attention is apart."""
     (qkv, width), (_, heads), *_ = shapes
     m, kv_heads = configs[0].block_m, (qkv - heads) // depth // 2
     questions = m // 8
@@ -70,10 +70,8 @@ def layers_said_by_ptxas(
     how: dict[str, Any] = dict(programs=MULTIPROCESSORS, eps=1e-6, activation="silu")
     if apart:
         of_layer = (array((m, heads)), rows, norms, array((), jnp.int32), array((2,), jnp.int32))
-        how |= dict(configs=(*configs[1:], configs[0]))
-        return what_ptxas_says(
-            partial(decode_layers_mosaic.decode_layer, **how), *of_layer, (*matrices[1:], matrices[0])
-        )
+        used, of_used = (of[1:] if apart == "last" else (*of[1:], of[0]) for of in (matrices, configs))
+        return what_ptxas_says(partial(decode_layers_mosaic.decode_layer, configs=of_used, **how), *of_layer, used)
     how |= dict(configs=configs, scale=0.1)
     return what_ptxas_says(partial(decode_layers_mosaic.decode_layers, **how), tokens, rows, rows, norms, matrices)
 
@@ -113,7 +111,7 @@ def main() -> None:
         for rank in (0, RANK):
             said = said_by_ptxas(code, config, rank, sharding)
             print(json.dumps({"code": code, "rank": rank, **asdict(config), "ptxas": said}))
-    for (shapes, configs, depth), apart in itertools.product(layers(), (False, True)):
+    for (shapes, configs, depth), apart in itertools.product(layers(), ("", "one", "last")):
         said = layers_said_by_ptxas(shapes, configs, depth, apart, sharding)
         print(json.dumps({"code": "fast8", "layer": shapes, "apart": apart, **asdict(configs[0]), "ptxas": said}))
 

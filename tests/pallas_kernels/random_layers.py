@@ -30,14 +30,15 @@ class Layers(NamedTuple):
 
 
 def random_layers(rng, m: int, width: int, heads: int, ffn: int, qkv: int, group: int = 64) -> Layers:
-    """`heads` columns of attention."""
+    """`heads` columns of attention. Sums of the first layer's qkv are exact in float32, whatever their order."""
     shapes = {"qkv": (qkv, width), "out": (width, heads), "gate_up": (2 * ffn, width), "down": (width, ffn)}
-    pairs = {name: _matrix(rng, *shape, group, gate=name == "gate_up") for name, shape in shapes.items()}
-    attended, *others = (jnp.asarray(rng.normal(size=(m, columns)), jnp.bfloat16) for columns in (heads, width, width))
+    pairs = {name: _matrix(rng, *shape, group, name) for name, shape in shapes.items()}
+    attended, residual = (jnp.asarray(rng.normal(size=(m, columns)), jnp.bfloat16) for columns in (heads, width))
+    rows = jnp.asarray(rng.integers(-2, 3, (m, width)), jnp.bfloat16)
     scales = [jnp.asarray(rng.uniform(0.5, 1.5, (LAYERS, width)), jnp.bfloat16) for _ in range(2)]
     weights = [{name: weight[layer] for name, (_, weight) in pairs.items()} for layer in range(LAYERS)]
     matrices = LayerMatrices(**{name: matrix for name, (matrix, _) in pairs.items()})
-    return Layers(attended, *others, (scales[0], scales[1]), matrices, weights)
+    return Layers(attended, residual, rows, (scales[0], scales[1]), matrices, weights)
 
 
 def expected(
@@ -157,12 +158,13 @@ def expected_attention(
     return rows.reshape(questions * group, -1), caches[0], caches[1]
 
 
-def _matrix(rng, n: int, k: int, group: int, gate: bool) -> tuple[LayerMatrix, np.ndarray]:
+def _matrix(rng, n: int, k: int, group: int, name: str) -> tuple[LayerMatrix, np.ndarray]:
     packed = rng.integers(0, 256, (LAYERS, n, k)).astype(np.uint8)
     signs = rng.choice([-1, 1], (LAYERS, n, k // group))
-    scales = jnp.asarray(signs * rng.uniform(0.5, 1.0, signs.shape) / (150 * k**0.5), jnp.bfloat16)
+    sizes = rng.uniform(0.5, 1.0, signs.shape) / (150 * k**0.5)
+    scales = jnp.asarray(signs * (2 ** np.floor(np.log2(sizes)) if name == "qkv" else sizes), jnp.bfloat16)
     weight = fast8_levels(packed, np).astype(np.float64) * np.repeat(np.asarray(scales, np.float64), group, axis=2)
-    packed, scales = (interleave_gate(a) if gate else a for a in (jnp.asarray(packed), scales))
+    packed, scales = (interleave_gate(a) if name == "gate_up" else a for a in (jnp.asarray(packed), scales))
     return LayerMatrix(packed, jnp.swapaxes(scales, 1, 2)), weight
 
 

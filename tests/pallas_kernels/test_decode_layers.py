@@ -39,7 +39,10 @@ def test_the_twin_computes_a_layer(activation, number):
 
 def test_the_twin_computes_all_layers():
     rng = np.random.default_rng(0)
-    layers, tokens = random_layers(rng, 6, 128, 256, 160, 512, group=32), random_tokens(rng, 2, 3, 2, 2, 64, 9, 20, 7)
+    layers, tokens = (
+        random_layers(rng, 6, 128, 256, 160, 512, group=32),
+        random_tokens(rng, 2, 3, 2, 2, 64, 9, 20, 7, biased=False),
+    )
     finite = tokens._replace(
         **{name: jnp.nan_to_num(getattr(tokens, name)) for name in ("prompt_k", "prompt_v", "k", "v")}
     )
@@ -47,9 +50,11 @@ def test_the_twin_computes_all_layers():
     rows, caches = decode_layers(finite, layers.residual, Rows(layers.rows), layers.norms, layers.matrices, **how)
     want, *want_caches = expected_of_all(layers, tokens, "silu", 0.2)
     for cache, exact in zip(caches[:2], want_caches, strict=True):
-        np.testing.assert_allclose(np.asarray(cache, np.float64), np.nan_to_num(exact), rtol=2e-2, atol=2e-2)
+        cache, exact = np.asarray(cache, np.float64), np.nan_to_num(exact)
+        np.testing.assert_allclose(cache[0], exact[0], rtol=8e-3, atol=8e-3)
+        assert relative_error(cache, exact) < 8e-3
     assert caches.scales is None
-    assert relative_error(np.asarray(rows, np.float64), want) < 1.5e-2
+    assert relative_error(np.asarray(rows, np.float64), want) < 8e-3
 
 
 def test_gate_and_up_alternate_by_eights():

@@ -107,15 +107,16 @@ def test_all_layers(questions, group, kv_heads, share, depth, slots, slot, progr
         permute_columns(layers.rows),
         layers.norms,
         layers.matrices,
-        configs=_configs(layers, (2, 1, 1, 2)),
+        configs=_configs(layers, (2 if slot else 1, 1, 1, 2)),
         **how,
     )
     want, *want_caches = expected_of_all(layers, tokens, "silu", SCALE)
-    assert relative_error(np.asarray(rows, np.float64), want) < 2 * TOLERANCE
+    assert relative_error(np.asarray(rows, np.float64), want) < TOLERANCE
     for cache, exact in zip(caches, want_caches, strict=True):
         cache = np.asarray(cache, np.float64)
+        np.testing.assert_allclose(cache[0], exact[0], rtol=8e-3, atol=8e-3)
         np.testing.assert_array_equal(np.isnan(cache), np.isnan(exact))
-        assert relative_error(np.nan_to_num(cache), np.nan_to_num(exact)) < 2 * TOLERANCE
+        assert relative_error(np.nan_to_num(cache), np.nan_to_num(exact)) < TOLERANCE
     _check_races()
 
 

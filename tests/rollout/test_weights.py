@@ -71,7 +71,7 @@ def test_the_copy_in_eight_bits_is_the_merged_matrix_within_a_step(policy: Polic
             assert np.sqrt(np.mean(error**2)) < 0.01 * np.sqrt(np.mean(np.asarray(exact) ** 2))
 
 
-def test_a_copy_laid_out_for_a_kernel_a_layer_samples_like_one_of_matrices(
+def test_a_copy_laid_out_for_a_kernel_of_all_layers_samples_like_one_of_matrices(
     policy: Policy, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here by the kernel's jnp twin; the layout has the same elements."""
