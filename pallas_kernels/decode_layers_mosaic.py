@@ -108,7 +108,7 @@ def _launch(
         return jax.ShapeDtypeStruct(shape, of)
 
     left = {
-        name: array(config.split_k, block_m, packed.shape[1], of=jnp.float32)
+        name: array(config.split_k, block_m, packed.shape[1], of=jnp.float32 if name == "qkv" and not attention else dtype)
         for name, config, (packed, _) in zip(names, configs, weights, strict=True)
     }
     normed = {step: array(*residual.shape) for step in ("out", "down") if step in steps}
@@ -121,7 +121,7 @@ def _launch(
         buffers = buffers._replace(attended=array(block_m, weights[names.index("out")][0].shape[2]))
     if cut := layer.cut:
         columns = cut.tiles * products["gate_up"].plan.config.block_n
-        buffers = buffers._replace(pieces=array(cut.parts, block_m, columns, of=jnp.float32))
+        buffers = buffers._replace(pieces=array(cut.parts, block_m, columns))
     residual = jax.new_ref(residual)
     shared = counter if interpret else jax.new_ref(counter)
     given = (x, tokens, residual, norms, number, shared, weights)
@@ -185,7 +185,7 @@ def _refs(layer: Layer, inputs: tuple, buffers: _Buffers, memory: "_Memory", bar
     sources |= {"qkv": rows.get("down"), layer.steps[0]: x}
     pieces = None
     if layer.cut:
-        pieces = Pieces(buffers.pieces, counter.at[pl.ds(1, 1)], barriers.all_stored)
+        pieces = Pieces(buffers.pieces, counter.at[pl.ds(1, 1)], barriers.piece_stored, barriers.all_stored)
     return Refs(
         {
             name: Operands(sources[name], *pair, buffers.left[name])
@@ -227,6 +227,7 @@ class _Barriers(NamedTuple):
     x: tuple[Any, Any]
     stored: Any
     met: Any
+    piece_stored: Any
     all_here: Any
     all_stored: Any
     together: Any
@@ -273,6 +274,7 @@ def _barriers(layer: Layer) -> _Barriers:
         x=ring(LAYER_X_STAGES, 1),
         stored=barrier(layer.warpgroups),
         met=barrier(1),
+        piece_stored=barrier(layer.warpgroups) if layer.cut else None,
         all_here=of_interpreter(1),
         all_stored=of_interpreter(layer.warpgroups) if layer.cut else None,
         together=barrier(layer.warpgroups) if layer.attention and layer.interpret else None,

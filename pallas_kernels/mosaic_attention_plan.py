@@ -57,10 +57,6 @@ class Attention(NamedTuple):
         """Units that a program takes at most."""
         return math.ceil(self.questions * self.kv_heads * self.tiles / self.programs)
 
-    def slots(self, refs: "AttentionRefs", program) -> Any:
-        """Of the ring, that a program's units fill."""
-        return sum((unit.slots for unit in self.units(refs, program, 0)), jnp.int32(0))
-
     def units(self, refs: "AttentionRefs", program, layer) -> "Iterator[Unit]":
         """What a program takes, in turns; the last one has no blocks where nothing is left. Programs of a question are side by side."""
         slot, count = refs.given.slot[0], self.questions * self.kv_heads * self.tiles

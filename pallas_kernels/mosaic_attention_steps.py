@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic_instructions import ROWS, Numbers, thread_index, tiled
+from pallas_kernels.mosaic_partial_sums import place_of_column, sums_of
 from pallas_kernels.rows import permute_columns
 
 AT_A_TIME = 4
@@ -64,6 +65,7 @@ def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpr
 
         lane, warp = of.rem(thread_index(), 32), of.div(thread_index(), 32)
         column = of.mul(lane, each)
+        place = place_of_column(column, of)
         angle = of.add(of.mul(question, half), column)
         cosine, sine = (load(table, angle) for table in (cos, sin))
         scales = None
@@ -81,14 +83,14 @@ def rotate_heads(attention, refs, unit, layer, eps: float, threads: int, interpr
             exists = arith.andi(of.below(row, rows + 2 * generations), of.below(member, members))
             of_new = of.add(head, of.either(is_value, heads + kv_heads, heads))
             projected = of.either(is_query, of.add(of.mul(head, share), of.rem(row, share)), of_new)
-            projected = of.add(of.mul(projected, depth), column)
+            first_column = of.either(exists, of.mul(projected, depth), 0)
             generation_ = of.add(generation, of.either(exists, member, 0))
-            offset = of.add(of.mul(generation_, width), of.either(exists, projected, column))
+            offset = of.add(of.mul(generation_, width), first_column, place)
             halves = []
             for start in (0, half):
                 pieces = [load(qkv, of.add(offset, part * stride + start)) for part in range(parts)]
                 if given.bias is not None:
-                    own = of.add(of.mul(layer, width), of.either(exists, projected, column))
+                    own = of.add(of.mul(layer, width), first_column, column)
                     pieces.append(load(bias, of.add(own, start)))
                 halves.append(pieces)
             return row, behind, is_query, is_value, exists, halves
@@ -158,7 +160,7 @@ def _rotate_in_jnp(attention, refs, unit, layer, eps: float) -> None:
 
     def projected(generation, head, norm, rotates=True):
         columns = pl.ds(head * depth, depth)
-        total = jnp.sum(given.qkv[:, generation, columns], axis=0)
+        total = sums_of(given.qkv[:, generation, columns])
         value = rounded(total if given.bias is None else total + given.bias[layer, columns].astype(jnp.float32))
         if norm is not None:
             value = rounded(value * lax.rsqrt(jnp.mean(value * value) + eps))

@@ -121,34 +121,26 @@ class Layer(NamedTuple):
         """Of a layer that is not the last."""
         return sum(map(self.meetings_after, ALL if self.attention else ONE))
 
-    def blocks(self) -> Any:
-        """Of weights, and of x, that this program multiplies in a layer."""
-        units = (unit for product in self.products.values() for unit in self.units(product))
-        return sum((unit.last - unit.first for unit in units), jnp.int32(0))
-
-    def slots(self, refs: "Refs") -> Any:
-        """Of the ring, that this program fills and reads in a layer."""
-        blocks = self.blocks()
-        return blocks + self.attention.slots(refs.attention, self.program) if self.attention else blocks
+    def number(self, refs: "Refs", turn) -> Any:
+        """Of a layer, in the chain and in the stacks of weights, caches and norms."""
+        return turn if self.attention else refs.number[0] + turn
 
     def here(self) -> "Layer":
         """The same, with this program's index."""
         return self._replace(program=program_index(self.interpret))
 
-    def each(self, body: Callable[["Layer", Any], None]) -> None:
-        """Call `body` with every layer, counted from the launch's first.
+    def each(self, body: Callable[["Layer", Any, tuple], tuple]) -> tuple:
+        """Call `body` with every layer, counted from the launch's first, and how many slots of its rings were used before; it returns how many are then.
 
         What follows from the program's index is reckoned again in every layer: kept, it would be more than a warp group that copies has
         registers for, and a value in local memory is as far as the L2 cache after every meeting.
         """
 
-        def of_turn(turn) -> None:
-            body(self.here(), turn)
+        def of_turn(turn, used: tuple) -> tuple:
+            return body(self.here(), turn, used)
 
-        if self.count == 1:
-            of_turn(0)
-        else:
-            pl.loop(0, self.count)(of_turn)
+        none = (jnp.int32(0),) * 2
+        return of_turn(0, none) if self.count == 1 else lax.fori_loop(0, self.count, of_turn, none)
 
     def units(self, product: Product) -> "Iterator[Unit]":
         """What a program multiplies of a product, in turns: first its piece; the first and the last have no blocks where nothing is left."""
@@ -192,7 +184,9 @@ class Pieces(NamedTuple):
     sums: Any
     """[parts, M, N] in device memory."""
     counter: Any
-    """Of pieces that are stored, by each warp group, of all layers of the chain."""
+    """Of programs that have stored their piece, of all layers of the chain."""
+    stored: Any
+    """Barrier: all warp groups of this program have stored their part of its piece."""
     all_stored: Any
     """Barrier of the interpreter in its place; None on a GPU."""
 

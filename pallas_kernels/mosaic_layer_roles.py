@@ -24,8 +24,11 @@ from pallas_kernels.mosaic_layer_steps import (
     store_gated,
     synchronize,
 )
+from pallas_kernels.mosaic_partial_sums import store_sums
 from pallas_kernels.mosaic_ring import Slots
 
+BLOCKS_BEFORE = 3
+"""Of x for what follows a piece, on their way before the piece is counted in."""
 UNROLL = 2
 """Blocks that a warp group multiplies between two waits for the tensor core to end."""
 IN_FLIGHT, MORE_IN_FLIGHT = 3, 3
@@ -36,8 +39,8 @@ in the same queue; but of keys and values, of which a program with several gener
 def copy_weights(layer: Layer, refs: Refs) -> None:
     """Keep the ring filled, through all products, attentions and layers."""
 
-    def of_layer(layer: Layer, turn) -> None:
-        used, number = turn * layer.slots(refs), refs.number[0] + turn
+    def of_layer(layer: Layer, turn, before: tuple) -> tuple:
+        (used, other), number = before, layer.number(refs, turn)
         for step in layer.steps:
             if step == ATTENTION:
                 used = _copy_attention(layer, refs, number, used)
@@ -56,10 +59,10 @@ def copy_weights(layer: Layer, refs: Refs) -> None:
                             plgpu.barrier_arrive(slot.full)
 
                 used = used + unit.last - unit.first
+        return used, other
 
-    layer.each(of_layer)
+    used, _ = layer.each(of_layer)
     if layer.interpret:
-        used = layer.count * layer.here().slots(refs)
         pl.loop(jnp.maximum(0, used - IN_FLIGHT), used)(refs.weights.await_block)
         refs.weights.drain(used)
 
@@ -96,30 +99,50 @@ def _copy_block(product: Product, operands: Operands, unit: Unit, number, index,
 def copy_x(layer: Layer, refs: Refs) -> None:
     """Meet the other programs where their results are needed, and keep the ring of x filled."""
 
-    def of_layer(layer: Layer, turn) -> None:
-        blocks = layer.blocks()
-        used, counted = turn * blocks, (refs.number[0] + turn) * layer.meetings
+    def of_layer(layer: Layer, turn, before: tuple) -> tuple:
+        (other, used), counted = before, layer.number(refs, turn) * layer.meetings
         for step in layer.steps:
             if step != ATTENTION:
-                product, operands = layer.products[step], refs.operands[step]
-                block_k = product.plan.config.block_k
-                for unit in layer.units(product):
-
-                    @pl.loop(unit.first, unit.last)
-                    def _(index, operands=operands, block_k=block_k, start=used - unit.first):
-                        slot = refs.x.claim(start + index)
-                        columns = operands.x.at[:, pl.ds(index * block_k, block_k)]
-                        plgpu.copy_gmem_to_smem(columns, slot.data[0], slot.full)
-
+                units = list(layer.units(layer.products[step]))
+                for before, unit in zip([None, *units], units, strict=False):
+                    piece = before if before is not None and before.piece else None
+                    _copy_unit_of_x(layer, refs, step, unit, used, piece)
                     used = used + unit.last - unit.first
+                if units[-1].piece:
+                    _count_piece(layer, refs, units[-1])
             for _ in range(layer.meetings_after(step)):
                 counted += 1
                 _meet_programs(layer, refs, counted)
             order_copies(layer.interpret)
+        return other, used
 
-    layer.each(of_layer)
+    _, used = layer.each(of_layer)
     if layer.interpret:
-        refs.x.drain(layer.count * layer.here().blocks())
+        refs.x.drain(used)
+
+
+def _copy_unit_of_x(layer: Layer, refs: Refs, step: str, unit: Unit, used, piece: Unit | None) -> None:
+    """Blocks of x for a unit, after so many slots of the ring; with a few of them on their way, count in the piece before, if there is one."""
+    block_k = layer.products[step].plan.config.block_k
+
+    @pl.loop(unit.first, unit.last)
+    def _(index):
+        slot = refs.x.claim(used + index - unit.first)
+        columns = refs.operands[step].x.at[:, pl.ds(index * block_k, block_k)]
+        plgpu.copy_gmem_to_smem(columns, slot.data[0], slot.full)
+        if piece is not None:
+            last = lax.min(unit.first + BLOCKS_BEFORE, unit.last) - 1
+            pl.when(index == last)(lambda: _count_piece(layer, refs, piece))
+
+
+def _count_piece(layer: Layer, refs: Refs, piece: Unit) -> None:
+    """For the programs that add all up, once this one's is stored. By a warp group that does not multiply, because stores are waited for."""
+
+    @pl.when(piece.first < piece.last)
+    def _():
+        plgpu.barrier_wait(refs.pieces.stored)
+        if not layer.interpret:
+            count_in(refs.pieces.counter)
 
 
 def _meet_programs(layer: Layer, refs: Refs, meetings) -> None:
@@ -136,8 +159,8 @@ def _meet_programs(layer: Layer, refs: Refs, meetings) -> None:
 def multiply(layer: Layer, refs: Refs) -> None:
     """Multiply what the rings bring, and attend; after out and after down, norm what is this program's."""
 
-    def of_layer(layer: Layer, turn) -> None:
-        used, of_x, number = turn * layer.slots(refs), turn * layer.blocks(), refs.number[0] + turn
+    def of_layer(layer: Layer, turn, before: tuple) -> tuple:
+        (used, of_x), number = before, layer.number(refs, turn)
         for step in layer.steps:
             if step == ATTENTION:
                 how = dict(threads=128 * layer.warpgroups, eps=layer.eps, interpret=layer.interpret)
@@ -155,6 +178,7 @@ def multiply(layer: Layer, refs: Refs) -> None:
                 meetings -= 1
             for _ in range(meetings):
                 _meet(layer, refs)
+        return used, of_x
 
     layer.each(of_layer)
 
@@ -212,15 +236,18 @@ def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operand
     out = operands.out
     if unit.piece:
         out, tile = refs.pieces.sums, tile - layer.cut.first * layer.warpgroups
-    out.at[unit.split, :, pl.ds(tile * ROWS, ROWS)].T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+    out = out.at[unit.split, :, pl.ds(tile * ROWS, ROWS)]
+    if operands.out.dtype == jnp.float32:  # for the kernel that follows
+        out.T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+    else:
+        store_sums(sums, out, layer.interpret)
 
 
 def _say_stored(layer: Layer, refs: Refs, unit: Unit) -> None:
     """Of a piece, by each warp group; the interpreter's programs all say it, with a piece or without."""
+    pl.when(unit.first < unit.last)(lambda: plgpu.barrier_arrive(refs.pieces.stored))
     if layer.interpret:
         plgpu.barrier_arrive(refs.pieces.all_stored)
-    else:
-        pl.when(unit.first < unit.last)(lambda: count_in(refs.pieces.counter))
 
 
 def _finish_tiles(layer: Layer, refs: Refs, cut: Cut, out, number) -> None:
@@ -232,7 +259,7 @@ def _finish_tiles(layer: Layer, refs: Refs, cut: Cut, out, number) -> None:
     @pl.when(program >= cut.pieces)
     def _():
         if not layer.interpret:
-            await_count(refs.pieces.counter, (number + 1) * (cut.pieces * layer.warpgroups))
+            await_count(refs.pieces.counter, (number + 1) * cut.pieces)
         gate_pieces(
             refs.pieces.sums,
             out.at[:, pl.ds(cut.first * columns, cut.tiles * columns)],

@@ -15,10 +15,11 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.gated_activation import ACTIVATIONS, IS_GELU
 from pallas_kernels.mosaic_instructions import Numbers, thread_index
+from pallas_kernels.mosaic_partial_sums import sums_of
 from pallas_kernels.rows import permute_columns
 
 AT_A_TIME = 16
-"""Pieces of a sum whose loads a thread begins before it waits for the first: eight registers each."""
+"""Pieces of a sum whose loads a thread begins before it waits for the first: four registers each."""
 
 
 def synchronize(counter, count) -> None:
@@ -167,7 +168,7 @@ def store_gated(sums, out, tile, activation: str, interpret: bool) -> None:
 def gate_pieces(
     pieces, out, program, programs: int, *, rows: int, threads: int, activation: str, interpret: bool
 ) -> None:
-    """activation(gate) * up of the sums of `pieces` [P, M, 2F], float32 with gate and up in turn by eights, into `out` [M, F].
+    """activation(gate) * up of the sums of `pieces` [P, M, 2F] (`mosaic_partial_sums.py`), with gate and up in turn by eights, into `out` [M, F].
 
     Of its first `rows` rows, this `program` of so many does its part, by `threads` threads; columns come in the order of
     `rows.permute_columns`.
@@ -176,7 +177,7 @@ def gate_pieces(
 
         @pl.when((program == 0) & (lax.axis_index("warpgroup") == 0))
         def _():
-            sums = jnp.sum(pieces[...], axis=0)
+            sums = sums_of(pieces[...])
             gate, up = jnp.moveaxis(sums.reshape(len(sums), -1, 2, 8), 2, 0).reshape(2, len(sums), -1)
             out[...] = permute_columns((ACTIVATIONS[activation](gate) * up).astype(out.dtype))
 
@@ -188,28 +189,30 @@ def gate_pieces(
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def gate(_, pieces, out, block):
         of, f32 = Numbers(), ir.F32Type.get()
-        four, kind = ir.VectorType.get((4,), f32), ir.MemRefType(out.type).element_type
-        pair = ir.VectorType.get((2,), kind)
+        kind = ir.MemRefType(out.type).element_type
+        eight, wide, pair = (ir.VectorType.get((n,), of_each) for n, of_each in ((8, kind), (8, f32), (2, kind)))
         strides, out_strides = (ir.MemRefType(ref.type).get_strides_and_offset()[0] for ref in (pieces, out))
         source, target = utils.memref_ptr(pieces), utils.memref_ptr(out)
         item = of.add(of.mul(block.registers.item(), threads), of.rem(thread_index(), threads))
         inside, item = of.below(item, items), of.least(item, items - 1)
         row, chunk = of.div(item, chunks), of.rem(item, chunks)
-        own = of.add(of.mul(row, strides[1]), of.mul(of.div(chunk, 2), 16), of.mul(of.rem(chunk, 2), 4))
+        own = of.add(of.mul(row, strides[1]), of.mul(chunk, 8))
 
-        def load(piece: int, start: int):
+        def load(piece: int):
             # Volatile: the compiler would move it behind the branch that stores, and each would be waited for.
-            place = utils.getelementptr(source, [of.add(own, piece * strides[0] + start)], f32)
-            return llvm.load(four, place, volatile_=True)
+            place = utils.getelementptr(source, [of.add(own, piece * strides[0])], kind)
+            return llvm.load(eight, place, volatile_=True)
 
         sums = None
         for first in range(0, count, AT_A_TIME):
             some = range(first, min(first + AT_A_TIME, count))
-            for both in [[load(piece, start) for start in (0, 8)] for piece in some]:
-                sums = both if sums is None else [arith.addf(*of_each) for of_each in zip(sums, both, strict=True)]
+            for piece in [load(piece) for piece in some]:
+                piece = arith.extf(wide, piece)
+                sums = piece if sums is None else arith.addf(sums, piece)
+        # Two of gate, the two of up, and again.
         values = [
-            arith.truncf(kind, _gate_times_up(*(vector.extract(of_each, [], [i]) for of_each in sums), gelu, f32))
-            for i in range(4)
+            arith.truncf(kind, _gate_times_up(*(vector.extract(sums, [], [i + up]) for up in (0, 2)), gelu, f32))
+            for i in (0, 1, 4, 5)
         ]
         # Of 16 columns, the chunk t has 4 t + 2 h + j: they go to 8 h + 2 t + j.
         first_column = of.add(of.mul(of.div(chunk, 4), 16), of.mul(of.rem(chunk, 4), 2))
@@ -241,7 +244,7 @@ def _gate_times_up(gate, up, gelu: bool, f32):
 
 
 def add_norm_row(residual, parts, scale, rows, squares, plain, *, eps: float, threads: int, interpret: bool) -> None:
-    """residual += the sum of parts [S, D]; rows = residual / rms(residual) * scale, with permuted columns unless `plain`. One row, by `threads` threads.
+    """residual += the sum of parts [S, D] (`mosaic_partial_sums.py`); rows = residual / rms(residual) * scale, with permuted columns unless `plain`. One row, by `threads` threads.
 
     Roundings are those of `add_rms_norm_triton.py`: the branch is added in float32, and the rounded sum is what is normed.
     """
@@ -249,7 +252,7 @@ def add_norm_row(residual, parts, scale, rows, squares, plain, *, eps: float, th
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _():
-            total = (residual[...].astype(jnp.float32) + jnp.sum(parts[...], axis=0)).astype(residual.dtype)
+            total = (residual[...].astype(jnp.float32) + sums_of(parts[...])).astype(residual.dtype)
             residual[...] = total
             wide = total.astype(jnp.float32)
             normed = (wide * lax.rsqrt(jnp.mean(wide * wide) + eps)).astype(rows.dtype) * scale[...].astype(rows.dtype)
@@ -267,55 +270,63 @@ def add_norm_row(residual, parts, scale, rows, squares, plain, *, eps: float, th
         stride = ir.MemRefType(parts.type).get_strides_and_offset()[0][0]
         thread = arith.remui(thread_index(), utils.c(threads, i32))
 
-        def load(ref, offset):
+        def load(ref, offset, width: int):
             element = ir.MemRefType(ref.type).element_type
-            place = utils.getelementptr(utils.memref_ptr(ref), [offset], element)
-            value = llvm.load(ir.VectorType.get((8,), element), place)
-            return value if element == f32 else arith.extf(wide, value)
+            value = llvm.load(ir.VectorType.get((width,), element), _place(ref, offset))
+            return value if element == f32 else arith.extf(ir.VectorType.get((width,), f32), value)
 
-        # Eight columns of a thread in turn; threads beyond the last columns repeat the last ones and store nothing.
+        def _place(ref, offset):
+            return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.MemRefType(ref.type).element_type)
+
+        # Eight columns of a thread in turn, of 16 those of t = 2k', 2k' + 1 and 8 further, as the parts have them side by side; threads beyond the last
+        # columns repeat the last ones and store nothing.
         chunks, mine, total = width // 8, [], arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
         for start in range(0, chunks, threads):
             chunk = arith.addi(thread, utils.c(start, i32))
             inside = arith.cmpi(arith.CmpIPredicate.ult, chunk, utils.c(chunks, i32))
             chunk = arith.minui(chunk, utils.c(chunks - 1, i32))
-            column = arith.muli(chunk, utils.c(8, i32))
+            half, place = arith.remui(chunk, utils.c(2, i32)), arith.muli(chunk, utils.c(8, i32))
+            column = arith.subi(place, arith.muli(half, utils.c(4, i32)))
+
+            def load_both(ref, column=column):
+                further = arith.addi(column, utils.c(8, i32))
+                return utils.vector_concat([load(ref, column, 4), load(ref, further, 4)])
+
             value = None
             for part in range(count):
-                piece = load(parts, arith.addi(column, utils.c(part * stride, i32)))
+                piece = load(parts, arith.addi(place, utils.c(part * stride, i32)), 8)
                 value = piece if value is None else arith.addf(value, piece)
-            value = arith.truncf(narrow, arith.addf(load(residual, column), value))
+            pairs = [utils.vector_slice(value, slice(2 * i, 2 * i + 2)) for i in (0, 2, 1, 3)]
+            value = arith.truncf(narrow, arith.addf(load_both(residual), utils.vector_concat(pairs)))
             rounded = arith.extf(wide, value)
             square = vector.reduction(f32, vector.CombiningKind.ADD, arith.mulf(rounded, rounded))
             square = arith.select(inside, square, arith.constant(f32, ir.FloatAttr.get(f32, 0.0)))
             total = arith.addf(total, square)
-            mine.append((chunk, inside, column, value, rounded, load(scale, column)))
+            mine.append((half, inside, column, value, rounded, load_both(scale)))
         total = _sum_of_threads(total, squares, thread, threads, i32, f32)
         mean = arith.addf(
             arith.mulf(total, arith.constant(f32, ir.FloatAttr.get(f32, 1 / width))),
             arith.constant(f32, ir.FloatAttr.get(f32, eps)),
         )
         inverse = utils.inline_ptx("rsqrt.approx.f32 $0, $1;", mean, result_types=f32)
-        for chunk, inside, column, value, rounded, factor in mine:
+        for half, inside, column, value, rounded, factor in mine:
             normed = arith.mulf(rounded, vector.broadcast(wide, inverse))
             normed = arith.mulf(
                 arith.extf(wide, arith.truncf(narrow, normed)), arith.extf(wide, arith.truncf(narrow, factor))
             )
             normed = arith.truncf(narrow, normed)
             with utils.when(inside):
-                llvm.store(value, utils.getelementptr(utils.memref_ptr(residual), [column], kind))
-                # Of 16 columns, the half h has 4t + 2h' + j with t = 2h and 2h + 1: they go to 8h' + 2t + j.
-                pairs = [utils.vector_slice(normed, slice(2 * i, 2 * i + 2)) for i in range(4)]
-                odd = arith.remui(chunk, utils.c(2, i32))
-                place = arith.subi(column, arith.muli(odd, utils.c(4, i32)))
-                for later in range(2):
-                    four = [
-                        utils.vector_concat([pairs[i], pairs[j]])
-                        for i, j in ((2 * later, 2 * later + 1), (later, 2 + later))
-                    ]
-                    at = [arith.addi(column, utils.c(4 * later, i32)), arith.addi(place, utils.c(8 * later, i32))]
-                    four, at = (arith.select(plain, *of_each) for of_each in (four, at))
-                    llvm.store(four, utils.getelementptr(utils.memref_ptr(rows), [at], kind))
+                for i in range(2):
+                    four = utils.vector_slice(value, slice(4 * i, 4 * i + 4))
+                    llvm.store(four, _place(residual, arith.addi(column, utils.c(8 * i, i32))))
+                # Of 16 columns, the pair h of t goes to 8h + 2t; this thread has t = k and k + 2.
+                first = arith.subi(column, arith.muli(half, utils.c(2, i32)))
+                for i in range(4):
+                    pair = utils.vector_slice(normed, slice(2 * i, 2 * i + 2))
+                    further, h = divmod(i, 2)
+                    permuted = arith.addi(first, utils.c(8 * h + 4 * further, i32))
+                    at = arith.select(plain, arith.addi(column, utils.c(8 * further + 2 * h, i32)), permuted)
+                    llvm.store(pair, _place(rows, at))
 
     add(residual, parts, scale, rows, squares, jnp.asarray(plain).astype(jnp.int32))
 

@@ -192,11 +192,15 @@ def decode_layer_configs(
 ) -> tuple[Int4Config, ...] | None:
     """The blocks of a layer's products, in order of `shapes` = (N, K) of qkv, out, gate_up and down; None: the kernel cannot run these.
 
-    K is split as often as leaves no more units than programs, of gate_up not at all, because its gate needs whole
-    sums. On an H200 no other choice that was tried was faster (docs/benchmarks.md).
+    K is split as often as leaves no more units than programs, or less often where no program has more blocks for it; of gate_up not at
+    all, because its gate needs whole sums. On an H200 no other choice that was tried was faster (docs/benchmarks.md).
     """
     block_m = max(16, power_of_two(m))
-    splits = [max(1, min(multiprocessors * LAYER_BLOCK // n, k // LAYER_BLOCK)) for n, k in shapes]
+    splits = []
+    for n, k in shapes:
+        blocks = k // LAYER_BLOCK
+        most = max(1, min(multiprocessors * LAYER_BLOCK // n, blocks))
+        splits.append(math.ceil(blocks / math.ceil(blocks / most)))
     splits[2] = 1
     configs = tuple(layer_config(block_m, split) for split in splits)
     fits = all(config.fits(m, n, k, 64) for config, (n, k) in zip(configs, shapes, strict=True))

@@ -1,12 +1,13 @@
 """Compile the Mosaic GPU kernels for an H200 that isn't there: `python -m tests.pallas_kernels.compile_mosaic`.
 
-Prints a line of JSON a kernel, with what ptxas says of it. Run apart from the tests, because it needs the packages of the GPU extra
+Prints a line of JSON a kernel, with what ptxas says of it and the bytes of its code. Run apart from the tests, because it needs the packages of the GPU extra
 and a process of which XLA keeps what ptxas says.
 """
 
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -48,10 +49,10 @@ def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...], int]]:
         yield shapes, configs, depth
 
 
-def layers_said_by_ptxas(
+def compiled_layers(
     shapes: tuple, configs: tuple[tuning.Int4Config, ...], depth: int, apart: str, sharding
-) -> str:
-    """Of the kernel of all layers for a tile of rows, eight completions a question; or of one ("one", "last") whose attention is apart."""
+) -> dict[str, Any]:
+    """The kernel of all layers for a tile of rows, eight completions a question; or of one ("one", "last") whose attention is apart."""
     (qkv, width), (_, heads), *_ = shapes
     m, kv_heads = configs[0].block_m, (qkv - heads) // depth // 2
     questions = m // 8
@@ -71,21 +72,23 @@ def layers_said_by_ptxas(
     if apart:
         of_layer = (array((m, heads)), rows, norms, array((), jnp.int32), array((2,), jnp.int32))
         used, of_used = (of[1:] if apart == "last" else (*of[1:], of[0]) for of in (matrices, configs))
-        return what_ptxas_says(partial(decode_layers_mosaic.decode_layer, configs=of_used, **how), *of_layer, used)
+        return compiled(partial(decode_layers_mosaic.decode_layer, configs=of_used, **how), *of_layer, used)
     how |= dict(configs=configs, scale=0.1)
-    return what_ptxas_says(partial(decode_layers_mosaic.decode_layers, **how), tokens, rows, rows, norms, matrices)
+    return compiled(partial(decode_layers_mosaic.decode_layers, **how), tokens, rows, rows, norms, matrices)
 
 
-def what_ptxas_says(function, *operands) -> str:
+def compiled(function, *operands) -> dict[str, Any]:
+    """What ptxas says of the one kernel, and the bytes of its code: the last instruction's address and its 16."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": folder}
+        os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1", "MOSAIC_GPU_DUMP_TO": folder}
         jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).compile()
-        (file,) = Path(folder).glob("*.ptxas")
-        return file.read_text()
+        (said,), (code,) = Path(folder).glob("*.ptxas"), Path(folder).glob("*.sass*")
+        addresses = re.findall(r"^[^/]*/\*([0-9a-f]{4,})\*/", code.read_text(), flags=re.M)
+        return {"ptxas": said.read_text(), "bytes": int(addresses[-1], 16) + 16}
 
 
-def said_by_ptxas(code: str, config: tuning.Int4Config, rank: int, sharding) -> str:
-    """Of the kernel for one whole tile of rows and an adapter of that rank."""
+def compiled_product(code: str, config: tuning.Int4Config, rank: int, sharding) -> dict[str, Any]:
+    """The kernel for one whole tile of rows and an adapter of that rank."""
     m = config.block_m
     shapes = {
         "x": ((m, K), jnp.bfloat16),
@@ -100,7 +103,7 @@ def said_by_ptxas(code: str, config: tuning.Int4Config, rank: int, sharding) -> 
     def product(x, packed, scales, layer, xa=None, lora_b=None):
         return int4_matmul_mosaic.partial_sums(x, packed, scales, layer, xa, lora_b, jnp.bfloat16, config, code)
 
-    return what_ptxas_says(product, *operands.values())
+    return compiled(product, *operands.values())
 
 
 def main() -> None:
@@ -109,11 +112,11 @@ def main() -> None:
     sharding = h200()
     for code, config in configurations():
         for rank in (0, RANK):
-            said = said_by_ptxas(code, config, rank, sharding)
-            print(json.dumps({"code": code, "rank": rank, **asdict(config), "ptxas": said}))
+            kernel = compiled_product(code, config, rank, sharding)
+            print(json.dumps({"code": code, "rank": rank, **asdict(config), **kernel}))
     for (shapes, configs, depth), apart in itertools.product(layers(), ("", "one", "last")):
-        said = layers_said_by_ptxas(shapes, configs, depth, apart, sharding)
-        print(json.dumps({"code": "fast8", "layer": shapes, "apart": apart, **asdict(configs[0]), "ptxas": said}))
+        kernel = compiled_layers(shapes, configs, depth, apart, sharding)
+        print(json.dumps({"code": "fast8", "layer": shapes, "apart": apart, **asdict(configs[0]), **kernel}))
 
 
 if __name__ == "__main__":

@@ -151,10 +151,15 @@ def test_rule(monkeypatch, change, m, shapes, runs):
     assert not has_layer_kernel(m, shapes, jnp.float16, jnp.bfloat16)
 
 
-def test_every_program_has_something_to_multiply(monkeypatch):
-    """Unmeasured: K is split as often as leaves no more units than programs, of the gate's product not at all."""
+QWEN_1_5B = ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960))
+
+
+@pytest.mark.parametrize(("shapes", "splits"), [(tuple(LLAMA_8B), [2, 4, 1, 4]), (QWEN_1_5B, [6, 6, 1, 10])])
+def test_every_program_has_something_to_multiply(shapes, splits, monkeypatch):
+    """K is split as often as leaves no more units than programs, of the gate's product not at all; less often where no program has more
+    blocks for it: 12 in 6 parts instead of 8 or 11, 70 in 10 instead of 11."""
     monkeypatch.setattr(dispatch, "current_device", lambda: HOPPER)
-    configs = tuning.decode_layer_configs(64, tuple(LLAMA_8B), 132)
+    configs = tuning.decode_layer_configs(64, shapes, 132)
     assert configs is not None
-    assert [config.split_k for config in configs] == [2, 4, 1, 4]
+    assert [config.split_k for config in configs] == splits
     assert len({(c.block_m, c.block_n, c.block_k, c.stages) for c in configs}) == 1
