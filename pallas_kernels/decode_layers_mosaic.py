@@ -21,7 +21,8 @@ takes the counter along, starting from 0, and each knows from its layer's number
 
 Sums of gate and up are needed whole, so their K is not split between programs. Where whole turns leave a few tiles, a last turn of them
 would have most programs wait for a few: K of these tiles is cut into pieces instead, which programs multiply and store first, each before its
-tiles. Programs that had no piece are done before the others, and add the pieces up; a second count says that all are there.
+tiles. Programs that had no piece are done before the others, and add the pieces up; a second count says that all are there. Each program counts its own
+in while its tile is multiplied already: what was stored has to be there before, and the warp group that brings x has the time to wait for it.
 
 Rows of gate and up alternate by eights (`interleave_gate`), so that a thread's accumulators hold both of a pair. Activations have
 permuted columns between the products (`rows.permute_columns`), as the products read them.
@@ -108,9 +109,11 @@ def _launch(
         return jax.ShapeDtypeStruct(shape, of)
 
     left = {
-        name: array(config.split_k, block_m, packed.shape[1], of=jnp.float32 if name == "qkv" and not attention else dtype)
+        name: array(config.split_k, block_m, packed.shape[1])
         for name, config, (packed, _) in zip(names, configs, weights, strict=True)
     }
+    if "qkv" in left and not attention:  # for the kernel that follows
+        left["qkv"] = array(*left["qkv"].shape, of=jnp.float32)
     normed = {step: array(*residual.shape) for step in ("out", "down") if step in steps}
     buffers = _Buffers(left, normed)
     if "gate_up" in steps:

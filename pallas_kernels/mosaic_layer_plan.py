@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 

@@ -237,7 +237,8 @@ def _multiply_unit(layer: Layer, refs: Refs, product: Product, operands: Operand
     if unit.piece:
         out, tile = refs.pieces.sums, tile - layer.cut.first * layer.warpgroups
     out = out.at[unit.split, :, pl.ds(tile * ROWS, ROWS)]
-    if operands.out.dtype == jnp.float32:  # for the kernel that follows
+    if operands.out.dtype == jnp.float32:
+        # For the kernel that follows.
         out.T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
     else:
         store_sums(sums, out, layer.interpret)

@@ -1,7 +1,8 @@
 """Partial sums that programs of the decode layers' kernel hand each other: bfloat16, with columns in the order in which threads have them.
 
-All programs store them at once, and few read them, while the others wait: half the bytes and a store of 8 instead of 4 are 3 of 45 us a layer (docs/benchmarks.md).
-Parts of a K split are rounded before they are added, which is about as much as rounding their sum. Of every 16 columns, 8h + 2r + j is at 4r + 2h + j.
+All programs store theirs at once, and while a few read them the others wait. With half the bytes, and stores of 8 bytes in which a thread's four columns are
+side by side, a layer of Qwen2.5-1.5B takes 40.4 instead of 44.9 us (64 rows, one H200, docs/benchmarks.md). Parts of a K split are rounded before they are
+added, to float32: about as much as rounding a product once. Of every 16 columns, 8h + 2r + j is at 4r + 2h + j.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
