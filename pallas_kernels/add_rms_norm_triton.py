@@ -22,7 +22,7 @@ def permuted_column(column):
 
 
 @triton.jit
-def _normed(x, scale_ptrs, inside, D: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+def normed_rows(x, scale_ptrs, inside, D: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
     """x / rms(x) * (OFFSET + scale), float32 that DTYPE holds exactly; x is 0 outside."""
     scale = tl.load(scale_ptrs, mask=inside, other=0.0)
     normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + EPS)
@@ -69,10 +69,10 @@ def add_rms_norm_kernel(
         if BIASED:
             branch += tl.load(bias_ptr + layer * D + column, mask=inside, other=0.0).to(tl.float32)
         if BRANCH_NORMED:
-            branch = _normed(branch, branch_scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE)
+            branch = normed_rows(branch, branch_scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE)
         x = (x + branch).to(DTYPE).to(tl.float32)
         tl.store(sum_ptr + row * D + column, x.to(sum_ptr.dtype.element_ty), mask=inside)
-    normed = _normed(x, scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE).to(rows_ptr.dtype.element_ty)
+    normed = normed_rows(x, scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE).to(rows_ptr.dtype.element_ty)
     tl.store(rows_ptr + row * D + column, normed, mask=inside)
     if PERMUTED:
         tl.store(permuted_ptr + row * D + permuted_column(column), normed, mask=inside)

@@ -28,7 +28,7 @@ import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
-from jgrpo.models.decoding import FOLLOWING_NORM, following_norms
+from jgrpo.models.decoding import FOLLOWING_NORM, ROTATIONS, following_norms, rotations
 from jgrpo.quantization import LAYERS, MixedWeight, PackedWeight, dequantize, quantize_fast8
 from pallas_kernels import LayerMatrices, LayerMatrix, interleave_gate
 
@@ -293,9 +293,12 @@ def _merge_into(
     return jax.tree.map(lambda all_layers, one: lax.dynamic_update_slice_in_dim(all_layers, one, layer, 0), into, own)
 
 
-def decoding_variables(model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool) -> Params:
-    """What the decode loop applies the model to; made once, outside the loop, where XLA cannot compute it again for every layer to save memory."""
-    layers = {**base["layers"], **(merged or {}), FOLLOWING_NORM: following_norms(base)}
+def decoding_variables(
+    model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool, positions: int
+) -> Params:
+    """What the decode loop applies the model to, in rows of up to `positions`; made once, outside the loop, where XLA cannot compute it again for every layer to save memory."""
+    made = {FOLLOWING_NORM: following_norms(base), ROTATIONS: rotations(model.config, positions)}
+    layers = {**base["layers"], **(merged or {}), **made}
     lora = decoding_adapter(model, lora, unroll) if merged is None else {}
     return {"params": {**base, "layers": layers}, "lora": lora}
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from pallas_kernels import (
     add_rms_norm_triton,
+    begin_step_triton,
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
@@ -24,6 +25,7 @@ from pallas_kernels import (
     rope_cache_triton,
 )
 from pallas_kernels.codes import NF4, PER_BYTE
+from pallas_kernels.completions import Completions, Ends
 from pallas_kernels.tuning import WGMMA, AttentionConfig, DenseConfig, GatedConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
@@ -272,24 +274,68 @@ def gated_matmul(x, weight, bias, layer: int, activation: str, config: GatedConf
     return float64(out)
 
 
+def begin_step(tokens, table, scale, positions, how: dict, dtype: str, pointer: bool) -> list[np.ndarray]:
+    """The kernel on numpy arrays: residual, rows, permuted rows, slot, cos, sin, all poisoned before."""
+    table, scale = rounded(table, dtype), rounded(scale, dtype)
+    lengths = torch.tensor(positions.lengths, dtype=torch.int32, device=DEVICE)
+    rotations = None if positions.rotations is None else rounded(positions.rotations, "float32")
+    constants = begin_step_triton.kernel_constants(table, lengths, rotations, permuted=True, **how)
+    rows = [poisoned(len(tokens), table.shape[1]).to(table.dtype) for _ in range(3)]
+    rotated = [poisoned(len(lengths), constants["R"]) for _ in range(2)]
+    outputs = [*rows, scalar(-1), *rotated]
+    begin_step_triton.begin_step_kernel[(len(tokens),)](
+        torch.tensor(tokens, dtype=torch.int32, device=DEVICE),
+        table,
+        scale,
+        lengths,
+        scalar(positions.filled),
+        scalar(positions.step) if pointer else positions.step,
+        table if rotations is None else rotations,
+        *outputs,
+        DTYPE=getattr(tl, dtype),
+        STEP_IS_POINTER=pointer,
+        num_warps=begin_step_triton.warps(table.shape[1]),
+        **constants,
+    )
+    return [out.float().cpu().numpy() for out in outputs]
+
+
 def draw_token(logits, uniform, *, temperature: float, step: int | None = None, block: int = draw_token_triton.BLOCK):
     """The kernels as `draw_token_triton.draw_token` launches them; (token, log-probability) as numpy, poisoned before."""
+    return _draw(logits, uniform, (), [], temperature, step, block)[:2]
+
+
+def draw_and_record(logits, uniform, completions: Completions, *, temperature: float, step: int, ends: Ends):
+    """The kernels as `draw_token_triton.draw_and_record` launches them; as that, in numpy."""
+    remaining, packed = (torch.tensor(np.array(x), device=DEVICE) for x in (completions.remaining, completions.packed))
+    stops = torch.tensor(ends.stop_ids or (0,), dtype=torch.int32, device=DEVICE)
+    how = dict(RECORD=True, STOPS=len(ends.stop_ids), PAD=ends.pad_id)
+    given, outputs = (remaining, packed, stops), [remaining, packed]
+    token, _, *left = _draw(logits, uniform, given, outputs, temperature, step, draw_token_triton.BLOCK, **how)
+    return token, Completions(*reversed(left))
+
+
+def _draw(
+    logits, uniform, record, outputs, temperature: float, step: int | None, block: int, **how
+) -> list[np.ndarray]:
     rows, vocab = logits.shape
     shared, row = draw_token_triton.kernel_constants(rows, vocab, temperature, block)
     source, numbers = rounded(logits, "float32"), rounded(uniform, "float32")
     statistics = [poisoned(rows, shared["BLOCKS"]) for _ in "ab"]
     token, logprob = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE), poisoned(rows)
-    how = {"num_warps": draw_token_triton.WARPS}
-    draw_token_triton.block_sums_kernel[(rows * shared["BLOCKS"],)](source, *statistics, **shared, **how)
+    how = dict(RECORD=False, STOPS=0, PAD=0) | how | {"num_warps": draw_token_triton.WARPS}
+    grid = (rows * shared["BLOCKS"],)
+    draw_token_triton.block_sums_kernel[grid](source, *statistics, **shared, num_warps=how["num_warps"])
+    outputs = [token, logprob, *(outputs or (token, token))]
     draw_token_triton.find_token_kernel[(rows,)](
         source,
         *statistics,
         numbers,
         0 if step is None else scalar(step),
-        token,
-        logprob,
+        *(record or (source,) * 3),
+        *outputs,
         STEPS=step is not None,
         **row,
         **how,
     )
-    return token.cpu().numpy(), logprob.cpu().numpy()
+    return [output.cpu().numpy() for output in outputs]
