@@ -28,6 +28,7 @@ from pallas_kernels.draw_token import draw_and_record, draw_token
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.gated_matmul import gated_matmul
 from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partial_sums, reads_permuted
+from pallas_kernels.merge_layer import Source, merge_layer, put_layer
 from pallas_kernels.rope_attention import NewTokens, rope_attention
 from pallas_kernels.rope_cache import rope_and_cache
 from pallas_kernels.rows import Rows, joined
@@ -46,6 +47,7 @@ __all__ = [
     "Positions",
     "Rotations",
     "Rows",
+    "Source",
     "add_rms_norm",
     "begin_step",
     "decode_attention",
@@ -66,6 +68,8 @@ __all__ = [
     "interleave_gate",
     "joined",
     "layer_counter",
+    "merge_layer",
+    "put_layer",
     "reads_permuted",
     "record",
     "rms_norm",

@@ -28,10 +28,12 @@ from pallas_kernels import (
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
+    merge_layer_triton,
     rope_attention_triton,
     rope_cache_triton,
     tuning,
 )
+from pallas_kernels.merge_layer import Source
 
 
 def unfinished_products(ttgir: str) -> int:
@@ -199,6 +201,21 @@ def begin_step(width: int, capability: int) -> tuple[int, int]:
     return compile_kernel(begin_step_triton.begin_step_kernel, types, constants, blocks, capability)
 
 
+def merge_layer(rank: int, capability: int) -> tuple[int, int]:
+    """Gate and up of a 1.5B; rank 0: no adapter."""
+    shapes = [((28, 17920, 768), "uint8"), ((28, 17920, 24), "bfloat16")]
+    factors = [((28, rank, 1536), "float32"), ((28, 17920, rank), "float32")]
+    adapter = tuple(ShapeDtypeStruct(*shape) for shape in factors) if rank else None
+    source = Source(*(ShapeDtypeStruct(*shape) for shape in shapes), adapter)
+    constants, _ = merge_layer_triton.kernel_constants(source, 64, gate=True)
+    types = dict.fromkeys(("packed_ptr", "into_packed_ptr", "packed_out_ptr"), "*u8") | {"scales_ptr": "*bf16"}
+    types |= dict.fromkeys(("into_scales_ptr", "scales_out_ptr"), "*bf16") | dict.fromkeys(("a_ptr", "b_ptr"), "*fp32")
+    types |= dict.fromkeys(("index_ptr", "layer_ptr"), "*i32")
+    blocks = SimpleNamespace(warps=merge_layer_triton.WARPS, stages=3)
+    constants |= {"DTYPE": tl.bfloat16}
+    return compile_kernel(merge_layer_triton.merge_layer_kernel, types, constants, blocks, capability)
+
+
 def gated_activation(activation: str, capability: int) -> tuple[int, int]:
     """Two partial sums, a bias and permuted columns."""
     parts = ShapeDtypeStruct((2, 64, 17920), "float32")
@@ -253,6 +270,8 @@ if __name__ == "__main__":
         for width in (1536, 8192):
             print(f"add_rms_norm-{width}-sm_{target}", *add_rms_norm(width, target), flush=True)
             print(f"begin_step-{width}-sm_{target}", *begin_step(width, target), flush=True)
+        for rank in (0, 64, 96):
+            print(f"merge_layer-{rank}-sm_{target}", *merge_layer(rank, target), flush=True)
         for activation in ("silu", "gelu_tanh"):
             print(f"gated_activation-{activation}-sm_{target}", *gated_activation(activation, target), flush=True)
         for name, usage in draw_token(target).items():

@@ -21,11 +21,13 @@ from pallas_kernels import (
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
+    merge_layer_triton,
     rope_attention_triton,
     rope_cache_triton,
 )
 from pallas_kernels.codes import NF4, PER_BYTE
 from pallas_kernels.completions import Completions, Ends
+from pallas_kernels.merge_layer import Source
 from pallas_kernels.tuning import WGMMA, AttentionConfig, DenseConfig, GatedConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
@@ -298,6 +300,27 @@ def begin_step(tokens, table, scale, positions, how: dict, dtype: str, pointer: 
         **constants,
     )
     return [out.float().cpu().numpy() for out in outputs]
+
+
+def merge_layer(into, source: Source, index: int, layer: int, group: int, gate: bool, dtype: str, scales_dtype: str):
+    """The kernel on numpy arrays, in place of the stack `into`; (packed, scales) as numpy."""
+    constants, grid = merge_layer_triton.kernel_constants(source, group, gate)
+    packed, scales = torch.tensor(source.packed, device=DEVICE), rounded(source.scales, "float32")
+    factors = [packed, packed] if source.adapter is None else [rounded(factor, "float32") for factor in source.adapter]
+    stacks = [torch.tensor(into.packed, device=DEVICE), rounded(into.scales, scales_dtype)]
+    merge_layer_triton.merge_layer_kernel[grid](
+        packed,
+        scales,
+        *factors,
+        scalar(index),
+        scalar(layer),
+        *stacks,
+        *stacks,
+        DTYPE=getattr(tl, dtype),
+        num_warps=merge_layer_triton.WARPS,
+        **constants,
+    )
+    return stacks[0].cpu().numpy(), float64(stacks[1])
 
 
 def draw_token(logits, uniform, *, temperature: float, step: int | None = None, block: int = draw_token_triton.BLOCK):
