@@ -222,12 +222,12 @@ def rope_and_cache(sums, cos, sin, k, v, slot, layer, norms, bias, eps):
 def add_rms_norm(case, layer: int, eps: float, dtype: str, pointer: bool):
     """The kernel on the numpy arrays of `case`; (residual, rows, permuted rows) as numpy, every output poisoned before."""
     residual, scale = rounded(case.residual, dtype), rounded(case.scale, dtype)
-    parts = None if case.parts is None else rounded(case.parts, "float32")
+    parts = rounded(case.parts, "float32")
     stacks = [None if stack is None else rounded(stack, dtype) for stack in (case.bias, case.branch_scale)]
     outputs = [poisoned(*residual.shape).to(residual.dtype) for _ in range(3)]
     add_rms_norm_triton.add_rms_norm_kernel[(residual.shape[0],)](
         residual,
-        residual if parts is None else parts,
+        parts,
         scale,
         *(residual if stack is None else stack for stack in stacks),
         scalar(layer) if pointer else layer,
