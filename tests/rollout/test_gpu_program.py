@@ -34,11 +34,16 @@ them in the loop."""
 @pytest.fixture(scope="module", params=["int4", "int8", "bf16"])
 def compiled(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(weights, program)"""
-    command = [sys.executable, "-m", "tests.rollout.gpu_program", request.param]
+    return request.param, text_of(request.param)
+
+
+def text_of(which: str) -> str:
+    """The program that `gpu_program` prints."""
+    command = [sys.executable, "-m", "tests.rollout.gpu_program", which]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, done.stdout
+    return done.stdout
 
 
 def step(program: str) -> str:
@@ -69,6 +74,13 @@ def test_a_step_dequantizes_no_matrix(compiled: tuple[str, str]) -> None:
 def test_the_host_waits_once_a_chunk(compiled: tuple[str, str]) -> None:
     loops = [line for line in compiled[1].splitlines() if " while(" in line]
     assert len([line for line in loops if "known_trip_count" not in line]) == 1
+
+
+def test_a_matrix_is_merged_in_place_by_one_kernel() -> None:
+    program = text_of("merge")
+    assert re.findall(r" = .*? (fusion|custom-call|copy|convert)\(", program) == ["custom-call"]
+    outputs = re.findall(r"\{([01])\}: \(\d+, \{\}, m\w+-alias\)", program)
+    assert outputs == ["0", "1"]
 
 
 def test_kernels_of_a_step(compiled: tuple[str, str]) -> None:
