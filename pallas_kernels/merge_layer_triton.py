@@ -114,15 +114,14 @@ def merge_layer(into, source, index, layer, layers: int, group: int, gate: bool,
 
     constants, grid = kernel_constants(source, group, gate)
     n, k = constants["N"], constants["K"]
-    unused = source.packed
     shapes = [((layers, n, k), jnp.uint8), ((layers, k // group, n), scales_dtype)]
     packed, scales = triton_call(
         source.packed,
         source.scales,
-        *(source.adapter or (unused, unused)),
+        *(source.adapter or (source.packed, source.packed)),
         jnp.asarray(index, jnp.int32),
         jnp.asarray(layer, jnp.int32),
-        *(into or (unused, unused)),
+        *(into or (source.packed, source.scales)),
         kernel=merge_layer_kernel,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         grid=grid,
