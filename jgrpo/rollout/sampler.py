@@ -27,7 +27,7 @@ from jgrpo.config import RolloutConfig
 from jgrpo.models import KVCache, Transformer
 from jgrpo.rollout.sampling import draw_and_record
 from jgrpo.rollout.types import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
-from jgrpo.rollout.weights import decoding_variables, unrolls
+from jgrpo.rollout.weights import decoding_adapter, step_constants, unrolls
 from pallas_kernels.completions import Completions, Ends, pack, unpack
 
 MAX_CHUNK = 32
@@ -115,7 +115,10 @@ def stream(
     size, count = chunking(limit, chunk)
     state = _jit_prefill(setup, base, lora, prompts, size * count)
     uniforms = row_uniforms(key, state.remaining.shape, size * count)
-    variables = _jit_variables(model, base, lora, None, unrolls(config), state.cache.positions)
+    # Not `decoding_variables`: that program's results would hold a copy of the base.
+    layers = {**base["layers"], **_jit_constants(model, base, state.cache.positions)}
+    adapter = _jit_adapter(model, lora, unrolls(config))
+    variables = {"params": {**base, "layers": layers}, "lora": adapter}
     for start in range(0, size * count, size):
         state, packed = _jit_chunk(setup, variables, state, uniforms[start : start + size])
         yield Recorded.unpack(packed[: limit - start], state.remaining.shape)
@@ -205,7 +208,8 @@ def decode_chunk(
 
 _jit_prefill = jax.jit(prefill, static_argnames=("setup", "slots"))
 _jit_chunk = jax.jit(decode_chunk, static_argnames=("setup",), donate_argnames=("state",))
-_jit_variables = jax.jit(decoding_variables, static_argnames=("model", "unroll", "positions"))
+_jit_constants = jax.jit(step_constants, static_argnames=("model", "positions"))
+_jit_adapter = jax.jit(decoding_adapter, static_argnames=("model", "unroll"))
 
 
 def _apply(setup: Setup, method: str, variables: Params, *args: Any, **settings: Any) -> Any:

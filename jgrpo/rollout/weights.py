@@ -300,10 +300,14 @@ def decoding_variables(
     model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool, positions: int
 ) -> Params:
     """What the decode loop applies the model to, in rows of up to `positions`; made once, outside the loop, where XLA cannot compute it again for every layer to save memory."""
-    made = {FOLLOWING_NORM: following_norms(base), ROTATIONS: rotations(model.config, positions)}
-    layers = {**base["layers"], **(merged or {}), **made}
+    layers = {**base["layers"], **(merged or {}), **step_constants(model, base, positions)}
     lora = decoding_adapter(model, lora, unroll) if merged is None else {}
     return {"params": {**base, "layers": layers}, "lora": lora}
+
+
+def step_constants(model: Transformer, base: Params, positions: int) -> dict[str, Any]:
+    """What every step of decoding would make anew of the base and of up to `positions`; among its layers by these names."""
+    return {FOLLOWING_NORM: following_norms(base), ROTATIONS: rotations(model.config, positions)}
 
 
 def decoding_adapter(model: Transformer, lora: Params, unroll: bool) -> dict[str, tuple[Any, Array]]:
