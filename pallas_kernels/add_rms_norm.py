@@ -18,7 +18,7 @@ from pallas_kernels.rows import Rows, as_rows, joined
 
 def add_rms_norm(
     residual: Float[Array, "M D"],
-    parts: Float[Array, "S M D"] | None,
+    parts: Float[Array, "S M D"],
     scale: Float[Array, "L D"],
     *,
     layer: Int[Array, ""] | int,
@@ -32,7 +32,7 @@ def add_rms_norm(
     """(residual + branch, its normed rows), both in residual's dtype.
 
     Args:
-      parts: partial sums of the branch's product, of any float dtype; None: nothing is added.
+      parts: partial sums of the branch's product, of any float dtype.
       scale, bias, branch_scale: stacks of which the layer's row is taken.
       offset: added to `scale` and `branch_scale`, as in Gemma; where it is not 0, scaling happens in float32.
       bias: of the product; None: none.
@@ -58,26 +58,23 @@ def add_rms_norm(
 
 def _check_shapes(residual, parts, scale, bias, branch_scale, permuted) -> None:
     m, width = residual.shape
-    if parts is not None and (parts.ndim != 3 or parts.shape[1:] != (m, width)):
+    if parts.ndim != 3 or parts.shape[1:] != (m, width):
         raise ValueError(f"add_rms_norm: residual {residual.shape} wants parts [S, {m}, {width}], got {parts.shape}")
     for name, stack in (("scale", scale), ("bias", bias), ("branch_scale", branch_scale)):
         if stack is not None and (stack.ndim != 2 or stack.shape[1] != width):
             raise ValueError(f"add_rms_norm: {name} must be [L, {width}], got {stack.shape}")
-    if (bias is not None or branch_scale is not None) and parts is None:
-        raise ValueError("add_rms_norm: bias and branch_scale belong to parts, which is None")
     if permuted and width % 16:
         raise ValueError(f"add_rms_norm: permuted columns come in sixteens, the rows have {width}")
 
 
 def reference(residual, parts, scale, layer, eps, offset, bias, branch_scale, permuted):
     """The jnp twin; the branch is rounded to residual's dtype before each of its operations."""
-    if parts is not None:
-        branch = joined(parts, residual.dtype)
-        if bias is not None:
-            branch = branch + take_layer(bias, layer).astype(branch.dtype)
-        if branch_scale is not None:
-            branch = rms_norm(branch, take_layer(branch_scale, layer), eps, offset)
-        residual = residual + branch
+    branch = joined(parts, residual.dtype)
+    if bias is not None:
+        branch = branch + take_layer(bias, layer).astype(branch.dtype)
+    if branch_scale is not None:
+        branch = rms_norm(branch, take_layer(branch_scale, layer), eps, offset)
+    residual = residual + branch
     return residual, as_rows(rms_norm(residual, take_layer(scale, layer), eps, offset), permuted)
 
 

@@ -22,7 +22,7 @@ def permuted_column(column):
 
 
 @triton.jit
-def _normed(x, scale_ptrs, inside, D: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+def normed_rows(x, scale_ptrs, inside, D: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
     """x / rms(x) * (OFFSET + scale), float32 that DTYPE holds exactly; x is 0 outside."""
     scale = tl.load(scale_ptrs, mask=inside, other=0.0)
     normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + EPS)
@@ -56,23 +56,22 @@ def add_rms_norm_kernel(
     DTYPE: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
 ):
-    """Row program_id(0). PARTS = 0: there is no branch, and `sum_ptr` is not written."""
+    """Row program_id(0)."""
     layer = tl.load(layer_ptr) if LAYER_IS_POINTER else layer_ptr
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < D
     x = tl.load(residual_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        branch = tl.zeros((BLOCK,), tl.float32)
-        for part in tl.static_range(PARTS):
-            branch += tl.load(parts_ptr + (part * M + row) * D + column, mask=inside, other=0.0).to(tl.float32)
-        if BIASED:
-            branch += tl.load(bias_ptr + layer * D + column, mask=inside, other=0.0).to(tl.float32)
-        if BRANCH_NORMED:
-            branch = _normed(branch, branch_scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE)
-        x = (x + branch).to(DTYPE).to(tl.float32)
-        tl.store(sum_ptr + row * D + column, x.to(sum_ptr.dtype.element_ty), mask=inside)
-    normed = _normed(x, scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE).to(rows_ptr.dtype.element_ty)
+    branch = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        branch += tl.load(parts_ptr + (part * M + row) * D + column, mask=inside, other=0.0).to(tl.float32)
+    if BIASED:
+        branch += tl.load(bias_ptr + layer * D + column, mask=inside, other=0.0).to(tl.float32)
+    if BRANCH_NORMED:
+        branch = normed_rows(branch, branch_scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE)
+    x = (x + branch).to(DTYPE).to(tl.float32)
+    tl.store(sum_ptr + row * D + column, x.to(sum_ptr.dtype.element_ty), mask=inside)
+    normed = normed_rows(x, scale_ptr + layer * D + column, inside, D, EPS, OFFSET, DTYPE).to(rows_ptr.dtype.element_ty)
     tl.store(rows_ptr + row * D + column, normed, mask=inside)
     if PERMUTED:
         tl.store(permuted_ptr + row * D + permuted_column(column), normed, mask=inside)
@@ -84,7 +83,7 @@ def kernel_constants(residual, parts, eps: float, offset: float, bias, branch_sc
         "M": residual.shape[0],
         "D": residual.shape[1],
         "BLOCK": triton.next_power_of_2(residual.shape[1]),
-        "PARTS": 0 if parts is None else parts.shape[0],
+        "PARTS": parts.shape[0],
         "EPS": eps,
         "OFFSET": offset,
         "BIASED": bias is not None,
@@ -106,14 +105,16 @@ def add_rms_norm(residual, parts, scale, layer, eps, offset, bias, branch_scale,
     unused = jax.ShapeDtypeStruct((16,), residual.dtype)
     total, normed, reordered = triton_call(
         residual,
-        *(residual if array is None else array for array in (parts, scale, bias, branch_scale)),
+        parts,
+        scale,
+        *(residual if array is None else array for array in (bias, branch_scale)),
         layer,
         kernel=add_rms_norm_kernel,
-        out_shape=[unused if parts is None else rows, rows, rows if permuted else unused],
+        out_shape=[rows, rows, rows if permuted else unused],
         grid=(residual.shape[0],),
         num_warps=warps(residual.shape[1]),
         DTYPE={"bfloat16": tl.bfloat16, "float16": tl.float16}[residual.dtype.name],
         LAYER_IS_POINTER=isinstance(layer, jax.Array),
         **kernel_constants(residual, parts, eps, offset, bias, branch_scale, permuted),
     )
-    return residual if parts is None else total, Rows(normed, reordered if permuted else None)
+    return total, Rows(normed, reordered if permuted else None)

@@ -178,6 +178,15 @@ def dequantize_problem(device: Device, dtype, k: int, group: int) -> str | None:
     return None
 
 
+def merge_layer_problem(device: Device, dtype, k: int, own: int, group: int) -> str | None:
+    """Why an int4 matrix in groups of `own` and its adapter cannot be merged into 8 bits by one kernel; None when they can, and then it is faster."""
+    if problem := _triton_problem(device, dtype):
+        return problem
+    if k % group or group & (group - 1) or own & (own - 1):
+        return f"it needs groups of powers of two, of which the second divides the inputs, got {own} and {group} of {k}"
+    return None
+
+
 def dense_matmul_problem(device: Device, dtype, weight_dtype, k: int) -> str | None:
     """Why the kernel of 16-bit weights cannot run this product; None when it can."""
     if problem := _triton_problem(device, dtype):

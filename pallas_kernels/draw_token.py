@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.completions import Completions, Ends, record
 from pallas_kernels.inverse_cdf import draw_kept
 from pallas_kernels.reference import take_layer
 
@@ -34,25 +35,57 @@ def draw_token(
     Raises:
       ValueError: shapes do not fit, `temperature` is not positive, or the named implementation cannot run here.
     """
-    if logits.ndim != 2 or not logits.shape[1]:
-        raise ValueError(f"draw_token: logits must be [M, V] with an entry at least, got {logits.shape}")
-    if uniform.ndim != (1 if step is None else 2) or uniform.shape[-1] != logits.shape[0]:
-        steps = "" if step is None else "T, "
-        raise ValueError(
-            f"draw_token: logits {logits.shape} want uniform [{steps}{logits.shape[0]}], got {uniform.shape}"
-        )
-    if temperature <= 0:
-        raise ValueError(f"draw_token: temperature must be positive, got {temperature}")
-    problem = dispatch.draw_token_problem(dispatch.current_device(), logits.dtype)
-    chosen = dispatch.resolve("draw_token", implementation, dispatch.REFERENCE if problem else dispatch.TRITON, problem)
-    if chosen == dispatch.TRITON:
+    _check_arguments("draw_token", logits, uniform, temperature, step)
+    if _chosen("draw_token", implementation, logits.dtype) == dispatch.TRITON:
         from pallas_kernels.draw_token_triton import draw_token as fused
 
         return fused(logits, uniform, float(temperature), step if step is None else jnp.asarray(step, jnp.int32))
     return reference(logits, uniform, temperature, step)
 
 
+def draw_and_record(
+    logits: Float32[Array, "M V"],
+    uniform: Float32[Array, "T M"],
+    completions: Completions,
+    *,
+    temperature: float,
+    step: Int[Array, ""] | int,
+    ends: Ends,
+    implementation: str | None = None,
+) -> tuple[Int32[Array, " M"], Completions]:
+    """`draw_token` and `completions.record` of what it draws at `step`, with a `log_kept` of 0, in no more kernels than the draw.
+
+    (The tokens, of rows that are done the pad token, and the completions.) Arguments and errors are those of the two.
+    """
+    _check_arguments("draw_and_record", logits, uniform, temperature, step)
+    want = (len(uniform), 4, len(logits)), (len(logits),)
+    if (completions.packed.shape, completions.remaining.shape) != want:
+        got = f"{completions.packed.shape} and {completions.remaining.shape}"
+        raise ValueError(f"draw_and_record: completions must be {want[0]} and {want[1]}, got {got}")
+    if _chosen("draw_and_record", implementation, logits.dtype) == dispatch.TRITON:
+        from pallas_kernels.draw_token_triton import draw_and_record as fused
+
+        return fused(logits, uniform, completions, float(temperature), jnp.asarray(step, jnp.int32), ends)
+    token, logprob = reference(logits, uniform, temperature, step)
+    return record(completions, step, ends, token, logprob, jnp.zeros_like(logprob))
+
+
+def _check_arguments(name: str, logits, uniform, temperature, step) -> None:
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"{name}: logits must be [M, V] with an entry at least, got {logits.shape}")
+    if uniform.ndim != (1 if step is None else 2) or uniform.shape[-1] != logits.shape[0]:
+        steps = "" if step is None else "T, "
+        raise ValueError(f"{name}: logits {logits.shape} want uniform [{steps}{logits.shape[0]}], got {uniform.shape}")
+    if temperature <= 0:
+        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+
+
+def _chosen(name: str, implementation: str | None, dtype) -> str:
+    problem = dispatch.draw_token_problem(dispatch.current_device(), dtype)
+    return dispatch.resolve(name, implementation, dispatch.REFERENCE if problem else dispatch.TRITON, problem)
+
+
 def reference(logits, uniform, temperature, step):
-    """The jnp twin."""
+    """The jnp twin of `draw_token`."""
     token, logprob, _ = draw_kept(logits.astype(jnp.float32) / temperature, None, take_layer(uniform, step))
     return token, logprob

@@ -1,7 +1,7 @@
 """Drawing a token for NVIDIA GPUs: statistics of blocks of the logits, then one program a row that finds the token.
 
 The first kernel reads all logits and leaves (largest, sum of weights) of each block; the second one reads these and the one block in
-which the quantile falls, which is probably still in the L2 cache. Weights are 2^(scale (logit - largest)), scale = log2(e) / temperature: as the
+which the quantile falls, which is probably still in the L2 cache, and may write down what it finds. Weights are 2^(scale (logit - largest)), scale = log2(e) / temperature: as the
 temperature is positive the largest logit is that before the division, and a weight costs a subtraction, a product and an exp2.
 
 The order of the sums depends on the shape only, so the same inputs give the same tokens, and a row's token does not depend on the others.
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+
+from pallas_kernels.completions import Completions, Ends
 
 BLOCK, WARPS = 2048, 4
 """Logits of a block, and warps of a program. A thread has four loads of 16 bytes in flight, and 64 rows of 128,256 or 151,936 logits are
@@ -61,8 +63,13 @@ def find_token_kernel(
     sums_ptr,
     uniform_ptr,
     step_ptr,
+    remaining_ptr,
+    packed_ptr,
+    stops_ptr,
     token_ptr,
     logprob_ptr,
+    remaining_out_ptr,
+    packed_out_ptr,
     M: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,8 +78,15 @@ def find_token_kernel(
     SCALE: tl.constexpr,
     INVERSE_TEMPERATURE: tl.constexpr,
     STEPS: tl.constexpr,
+    RECORD: tl.constexpr,
+    STOPS: tl.constexpr,
+    PAD: tl.constexpr,
 ):
-    """Row program_id(0), from the statistics of its BLOCKS blocks. STEPS: there are numbers of many steps."""
+    """Row program_id(0), from the statistics of its BLOCKS blocks. STEPS: there are numbers of many steps.
+
+    RECORD: the token goes into the record, which is `packed_ptr` and `packed_out_ptr` at once, STOPS of them end the row, and
+    a row that has ended leaves PAD.
+    """
     row = tl.program_id(0)
     block = tl.arange(0, BLOCKS_PAD)
     exists = block < BLOCKS
@@ -92,8 +106,23 @@ def find_token_kernel(
     # `tl.max` passes over a NaN; the mass does not.
     token = tl.where(mass == mass, chosen * BLOCK + inside, 0)
     logit = tl.load(start + token)
+    logprob = (logit - largest) * INVERSE_TEMPERATURE - tl.log(mass)
+    if RECORD:
+        remaining = tl.load(remaining_ptr + row)
+        live = remaining > 0
+        stops = remaining < 0
+        for stop in tl.static_range(STOPS):
+            stops |= live & (token == tl.load(stops_ptr + stop))
+        token = tl.where(live, token, PAD)
+        logprob = tl.where(live, logprob, 0.0)
+        entry = packed_out_ptr + step * 4 * M + row
+        tl.store(entry, token)
+        tl.store(entry + M, logprob.to(tl.int32, bitcast=True))
+        tl.store(entry + 2 * M, 0)
+        tl.store(entry + 3 * M, live.to(tl.int32) + 2 * stops.to(tl.int32))
+        tl.store(remaining_out_ptr + row, tl.where(stops, 0, tl.maximum(remaining - 1, 0)))
     tl.store(token_ptr + row, token)
-    tl.store(logprob_ptr + row, (logit - largest) * INVERSE_TEMPERATURE - tl.log(mass))
+    tl.store(logprob_ptr + row, logprob)
 
 
 def kernel_constants(rows: int, vocab: int, temperature: float, block: int = BLOCK) -> tuple[dict, dict]:
@@ -105,6 +134,23 @@ def kernel_constants(rows: int, vocab: int, temperature: float, block: int = BLO
 
 def draw_token(logits, uniform, temperature: float, step, block: int = BLOCK, warps: int = WARPS):
     """Launch the kernels; the first four arguments are those of `pallas_kernels.draw_token`."""
+    unused = [jax.ShapeDtypeStruct((16,), jnp.int32)] * 2
+    token, logprob, *_ = _launch(logits, uniform, temperature, step, (logits,) * 3, unused, {}, (0, 0), block, warps)
+    return token, logprob
+
+
+def draw_and_record(logits, uniform, completions: Completions, temperature: float, step, ends: Ends):
+    """Launch the kernels; the arguments are those of `pallas_kernels.draw_and_record`."""
+    stops = jnp.asarray(ends.stop_ids or (0,), jnp.int32)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (completions.remaining, completions.packed)]
+    given, aliases = (completions.remaining, completions.packed, stops), {5: 2, 6: 3}
+    how = (given, shapes, aliases, (len(ends.stop_ids), ends.pad_id))
+    token, _, remaining, packed = _launch(logits, uniform, temperature, step, *how, BLOCK, WARPS)
+    return token, Completions(packed, remaining)
+
+
+def _launch(logits, uniform, temperature, step, record, outputs, aliases: dict, ends: tuple[int, int], block, warps):
+    """(token, log-probability, `outputs`); `record` are the find kernel's arguments between the step and its outputs."""
     from pallas_kernels.triton_launch import triton_call
 
     rows, vocab = logits.shape
@@ -118,17 +164,21 @@ def draw_token(logits, uniform, temperature: float, step, block: int = BLOCK, wa
         num_warps=warps,
         **shared,
     )
-    token, logprob = triton_call(
+    return triton_call(
         logits,
         highest,
         sums,
         uniform,
         0 if step is None else step,
+        *record,
         kernel=find_token_kernel,
-        out_shape=[jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32)],
+        out_shape=[*(jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32)), *outputs],
         grid=(rows,),
         num_warps=warps,
+        input_output_aliases=aliases,
         STEPS=step is not None,
+        RECORD=bool(aliases),
+        STOPS=ends[0],
+        PAD=ends[1],
         **row,
     )
-    return token, logprob

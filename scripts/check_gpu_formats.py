@@ -134,7 +134,7 @@ def run(model: Transformer, base: Any, lora: Any, unroll: bool) -> dict[str, np.
     hidden, kv = program(model, "prefill")(variables, prompts, lengths)
     results = {"prefill": logits(hidden)}
     cache = KVCache.create(kv, jnp.asarray(lengths), GENERATIONS, STEPS)
-    decoding, outputs = decoding_variables(model, base, lora, None, unroll), []
+    decoding, outputs = decoding_variables(model, base, lora, None, unroll, cache.positions), []
     for tokens in steps:
         hidden, cache = program(model, "decode", unroll=unroll)(decoding, tokens, cache)
         outputs.append(logits(hidden))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels import Rows
+from pallas_kernels import Completions, Ends, Rows
 from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels import oracles
 
@@ -143,6 +143,58 @@ def check_draw(rng: np.random.Generator) -> float:
     return worst
 
 
+def check_record(rng: np.random.Generator) -> float:
+    """Entries of the record that are not those of the twin, of tokens that `draw_token`'s kernel draws."""
+    logits, uniform = jnp.asarray(rng.normal(size=(70, 5000)), jnp.float32), jnp.float32(rng.uniform(size=(3, 70)))
+    before, remaining = rng.integers(0, 9, (3, 4, 70), np.int32), rng.integers(0, 3, 70, np.int32)
+    completions, ends = Completions(jnp.asarray(before), jnp.asarray(remaining)), Ends(tuple(range(0, 5000, 7)), 11)
+    how = dict(temperature=0.9, implementation="triton")
+    step = jnp.int32(1)
+    token, logprob = jax.jit(partial(pallas_kernels.draw_token, **how))(logits, uniform, step=step)
+    got = jax.jit(partial(pallas_kernels.draw_and_record, ends=ends, **how))(logits, uniform, completions, step=step)
+    want = pallas_kernels.record(completions, 1, ends, token, logprob, jnp.zeros_like(logprob))
+    return float(
+        sum(np.sum(np.asarray(a) != b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    )
+
+
+def check_begin_step(rng: np.random.Generator) -> float:
+    """Largest relative error of normed rows; infinite where what is only copied differs."""
+    worst = 0.0
+    for questions, group, width in [(1, 1, 896), (5, 3, 1536), (8, 8, 1536), (3, 2, 8192)]:
+        table, scale = normal(rng, 200, width), normal(rng, 2, width)
+        tokens, lengths = (jnp.asarray(rng.integers(0, 200, n), jnp.int32) for n in (questions * group, questions))
+        rotations = normal(rng, 2, 300, 64, dtype=jnp.float32)
+        positions = pallas_kernels.Positions(lengths, jnp.int32(32), jnp.int32(5), rotations)
+        run = jax.jit(partial(pallas_kernels.begin_step, eps=1e-6, permuted=True, implementation="triton"))
+        residual, rows, slot, rotated = run(tokens, table, scale, positions)
+        copied = [(residual, table[tokens]), (rows.permuted, permute_columns(rows.plain)), (slot, 37)]
+        copied += list(zip(rotated, rotations[:, lengths + 37], strict=True))
+        x = np.asarray(table[tokens], np.float64)
+        want = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-6) * np.asarray(scale[0], np.float64)
+        exact = all(np.array_equal(np.float32(got), np.float32(right)) for got, right in copied)
+        worst = max(worst, oracles.relative_error(rows.plain, want) if exact else np.inf)
+    return worst
+
+
+def check_merge_layer(rng: np.random.Generator) -> float:
+    """Largest relative difference to the twin's weights: sums in another order may put a weight on the next code."""
+    worst = 0.0
+    for n, k, own, rank, gate in [(70, 192, 32, 0, False), (2048, 1536, 64, 96, False), (17920, 1536, 64, 64, True)]:
+        packed, scales, _ = oracles.random_int4(rng, n, k, own, layers=(2,))
+        adapter = (normal(rng, 2, rank, k, dtype=jnp.float32) / 50, normal(rng, 2, n, rank, dtype=jnp.float32) / 50)
+        source = pallas_kernels.Source(jnp.asarray(packed), jnp.bfloat16(scales), adapter if rank else None)
+        shape = dict(layers=2, group=64, gate=gate, dtype=jnp.bfloat16, scales_dtype=jnp.bfloat16)
+        weights = []
+        for name in ("triton", "reference"):
+            run = jax.jit(partial(pallas_kernels.merge_layer, **shape, implementation=name), donate_argnums=0)
+            made = run(run(None, source, 0, 0), source, 1, 1)
+            parts = [pallas_kernels.dequantize(made.packed[i], made.scales[i].T, jnp.float32, "fast8") for i in (0, 1)]
+            weights.append(np.concatenate(parts))
+        worst = max(worst, oracles.relative_error(*weights))
+    return worst
+
+
 def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> list:
     """Calls of the operations between two products on random arguments, with permuted columns."""
     draw = partial(normal, rng)
@@ -160,5 +212,8 @@ CHECKS = {
     "partial_sums": check_partial_sums,
     "gated_matmul": check_gated,
     "draw": check_draw,
+    "record": check_record,
+    "begin_step": check_begin_step,
+    "merge_layer": check_merge_layer,
 }
-"""Largest relative error by operation, of the draw an absolute one; each takes a random generator."""
+"""Largest relative error by operation, of the draw an absolute one, of the record a count; each takes a random generator."""

@@ -67,6 +67,11 @@ class KVCache:
         return dataclasses.replace(self, k=k, v=v, scales=scales)
 
     @property
+    def positions(self) -> int:
+        """Positions that a row may have: its prompt's and its completion's."""
+        return self.prompt_k.shape[3] + self.k.shape[4]
+
+    @property
     def all_scales(self) -> tuple[Array, Array, Array, Array] | None:
         """The prompts' and the completions' scales, as `pallas_kernels.decode_attention` takes them."""
         return None if self.prompt_scales is None or self.scales is None else (*self.prompt_scales, *self.scales)

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 
 from jgrpo.models.config import ModelConfig
+from jgrpo.models.rope import inverse_frequencies, rope_tables
 from jgrpo.quantization import LAYERS, gated_matmul, matmul_parts, reads_permuted
 from pallas_kernels import (
     LayerMatrices,
@@ -48,13 +49,21 @@ class DecodeAttend(NamedTuple):
 
 Attention: TypeAlias = Callable[[Any, int | Array], DecodeAttend]
 """(cache, layer) -> the layer's attention."""
-FOLLOWING_NORM = "following_norm"
-"""The key of `following_norms` among a base's layers, where the caller has made them."""
+FOLLOWING_NORM, ROTATIONS = "following_norm", "rotations"
+"""The keys of `following_norms` and of `rotations` among a base's layers, where the caller has made them."""
 
 
 def following_norms(base: Any) -> Float[Array, "L D"]:
     """What follows layer i: the norm in front of layer i + 1, and after the last one the final norm."""
     return jnp.concatenate([base["layers"]["input_norm"][1:], base["final_norm"][None]])
+
+
+def rotations(config: ModelConfig, positions: int) -> Float32[Array, "2 N R"] | None:
+    """cos and sin of so many positions; None where layers rotate differently."""
+    if config.local_rope is not None:
+        return None
+    frequencies = inverse_frequencies(config.rope, config.head_dim, config.context_length)
+    return jnp.stack(rope_tables(jnp.arange(positions), frequencies, config.rope.attention_factor))
 
 
 class DecodeLayers:
@@ -66,15 +75,15 @@ class DecodeLayers:
         self.following_norm = following_norms(base) if made is None else made
 
     def run(
-        self, residual: Float[Array, "M D"], cache: Any, attention: Attention, unroll: bool
+        self, residual: Float[Array, "M D"], rows: Rows, cache: Any, attention: Attention, unroll: bool
     ) -> tuple[Float[Array, "M D"], Any]:
-        """(normed rows after the last layer, the cache)."""
+        """(normed rows after the last layer, the cache); `rows` are the residual, normed for the first one."""
 
         def body(layer: int | Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
             residual, ahead, cache = carry
             return self.layer(layer, residual, ahead, attention(cache, layer))
 
-        carry = (residual, self.enter(residual), cache)
+        carry = (residual, self.enter(rows), cache)
         if unroll:
             for layer in range(self.config.num_layers):
                 carry = body(layer, carry)
@@ -83,9 +92,13 @@ class DecodeLayers:
         _, ahead, cache = carry
         return self.leave(ahead), cache
 
-    def enter(self, residual: Float[Array, "M D"]) -> Any:
-        """The normed input of the first layer."""
-        return self._add(residual, None, None, self.weights["input_norm"], 0, self._permuted("qkv", 0, residual))[1]
+    def first_permuted(self, rows: int) -> bool:
+        """Whether the first layer reads so many rows with permuted columns."""
+        return reads_permuted(self.weights["qkv"], 0, rows, self.dtype)
+
+    def enter(self, rows: Rows) -> Any:
+        """What the first layer begins with."""
+        return rows
 
     def layer(
         self,
@@ -128,14 +141,14 @@ class DecodeLayers:
     def _add(
         self,
         residual: Float[Array, "M D"],
-        name: str | None,
-        parts: Float[Array, "S M D"] | None,
+        name: str,
+        parts: Float[Array, "S M D"],
         scale: Float[Array, "L D"],
         index: int | Array,
         permuted: bool,
     ) -> tuple[Float[Array, "M D"], Rows]:
         """Add the product `name` to the residual and norm it by row `index` of `scale`."""
-        own_norm = {"out": "attention_out_norm", "down": "mlp_out_norm"}.get(name or "")
+        own_norm = {"out": "attention_out_norm", "down": "mlp_out_norm"}.get(name)
         return add_rms_norm(
             residual,
             parts,
@@ -168,24 +181,24 @@ class FusedDecodeLayers(DecodeLayers):
         self.how: dict[str, Any] = dict(eps=config.rms_norm_eps, activation=config.activation)
 
     def run(
-        self, residual: Float[Array, "M D"], cache: Any, attention: Attention, unroll: bool
+        self, residual: Float[Array, "M D"], rows: Rows, cache: Any, attention: Attention, unroll: bool
     ) -> tuple[Float[Array, "M D"], Any]:
         """(normed rows after the last layer, the cache); layers that attend apart are written out."""
         attend = attention(cache, 0)
         if attend.new_tokens is None:
-            return super().run(residual, cache, attention, unroll=True)
-        rows, caches = decode_layers(
-            attend.new_tokens(), residual, self._rows(residual), self.norms, self.matrices, **self.how, **attend.how
+            return super().run(residual, rows, cache, attention, unroll=True)
+        left, caches = decode_layers(
+            attend.new_tokens(), residual, rows, self.norms, self.matrices, **self.how, **attend.how
         )
-        return rows, attend.written(*caches)
+        return left, attend.written(*caches)
 
-    def _rows(self, residual: Float[Array, "M D"]) -> Rows:
-        """The normed input of the first layer."""
-        return self._add(residual, None, None, self.weights["input_norm"], 0, permuted=True)[1]
+    def first_permuted(self, rows: int) -> bool:
+        """Always."""
+        return True
 
-    def enter(self, residual: Float[Array, "M D"]) -> Ahead:
+    def enter(self, rows: Rows) -> Ahead:
         """The qkv of the first layer."""
-        return Ahead(first_qkv(self._rows(residual), self.matrices), layer_counter())
+        return Ahead(first_qkv(rows, self.matrices), layer_counter())
 
     def layer(
         self, index: int, residual: Float[Array, "M D"], ahead: Ahead, attend: DecodeAttend

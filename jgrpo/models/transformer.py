@@ -28,14 +28,14 @@ from jgrpo.lora import fuse, layer_slice
 from jgrpo.models.attention import causal_attention
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig
-from jgrpo.models.decoding import DecodeAttend, DecodeLayers, FusedDecodeLayers
+from jgrpo.models.decoding import ROTATIONS, DecodeAttend, DecodeLayers, FusedDecodeLayers, rotations
 from jgrpo.models.linear import PRODUCT, LayerProducts, Observe, of_layer
 from jgrpo.models.packed_rows import PackedRows
 from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import LAYERS, MixedWeight, Weight, embed, matmul
-from pallas_kernels import ACTIVATIONS, NewTokens, Rows, joined, rms_norm
+from pallas_kernels import ACTIVATIONS, BegunStep, NewTokens, Positions, Rotations, Rows, joined, rms_norm
 from pallas_kernels.rope_cache import write as write_slot
 
 Attend = Callable[[Array], tuple[Array, Any]]
@@ -174,24 +174,28 @@ class Transformer(nn.Module):
 
     @nn.compact
     def decode(
-        self, tokens: Int[Array, "Q G"], cache: KVCache, *, unroll: bool = False
+        self, tokens: Int[Array, "Q G"], cache: KVCache, step: Int[Array, ""] | None = None, *, unroll: bool = False
     ) -> tuple[Float[Array, "Q G D"], KVCache]:
         """One more token for every row: hidden states (normed) and the cache with slot `cache.length` written.
 
-        `unroll` writes the layers out instead of looping over them; so do weights with one array or form for each layer.
+        In a loop whose counter is `step` that slot is `cache.length + step`, and the length is left as it is, for the caller to
+        add all steps at once. `unroll` writes the layers out instead of looping over them; so do weights with one array or form
+        for each layer.
         """
         base, lora = self._base(), self._lora()
-        self._check_positions(cache.prompt_k.shape[3] + cache.k.shape[4])
+        self._check_positions(cache.positions)
         if LAYERS in base["layers"]:
             layers: Any = FusedDecodeLayers(self.config, base, self.dtype)
         else:
             adapter = lora if _is_fused(lora) else fuse(lora, self.config, self.lora.scale, self.dtype)
             layers = DecodeLayers(self.config, base, adapter, self.dtype)
         unroll = unroll or any(isinstance(weight, tuple | MixedWeight) for weight in base["layers"].values())
-        x = self._embed(base, tokens)
-        attention = self._decode_attention(base["layers"], cache)
-        rows, cache = layers.run(x.reshape(-1, x.shape[-1]), cache, attention, unroll)
-        return rows.reshape(x.shape), dataclasses.replace(cache, length=cache.length + 1)
+        begun = self._begin(base, tokens, cache, step, layers.first_permuted(tokens.size))
+        length = cache.length + 1 if step is None else cache.length
+        cache = dataclasses.replace(cache, length=begun.slot)
+        attention = self._decode_attention(base["layers"], cache, begun.rotations)
+        left, cache = layers.run(begun.residual, begun.rows, cache, attention, unroll)
+        return left.reshape(*tokens.shape, -1), dataclasses.replace(cache, length=length)
 
     @nn.compact
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -228,8 +232,30 @@ class Transformer(nn.Module):
         mlp = linear("down", ACTIVATIONS[self.config.activation](gate) * up)
         return x + self._out_norm(mlp, weights, "mlp_out_norm", layer), kept
 
-    def _decode_attention(self, weights: Any, cache: KVCache) -> Callable[[KVCache, int | Array], DecodeAttend]:
-        """(cache, layer) -> its attention, which writes slot `cache.length`.
+    def _begin(
+        self, base: Any, tokens: Int[Array, "Q G"], cache: KVCache, step: Array | None, permuted: bool
+    ) -> BegunStep:
+        """The tokens' rows, normed for the first layer too, with the rotations of their positions unless layers differ in them."""
+        table, rows, factor = base["embed"], tokens.reshape(-1), self.config.embedding_scale
+        if not isinstance(table, Array) or table.dtype != self.dtype:
+            table, rows, factor = self._embed(base, rows), jnp.arange(rows.size), 1.0
+        made = base["layers"].get(ROTATIONS)
+        made = rotations(self.config, cache.positions) if made is None else made
+        return pallas_kernels.begin_step(
+            rows,
+            table,
+            base["layers"]["input_norm"],
+            Positions(cache.prompt_lengths, cache.length, 0 if step is None else step, made),
+            eps=self.config.rms_norm_eps,
+            offset=self.config.norm_offset,
+            factor=factor,
+            permuted=permuted,
+        )
+
+    def _decode_attention(
+        self, weights: Any, cache: KVCache, rotations: Rotations | None
+    ) -> Callable[[KVCache, int | Array], DecodeAttend]:
+        """(cache, layer) -> its attention, which writes slot `cache.length`; `rotations` [Q, R] are those of all layers, or None.
 
         One operation with rotation and cache write where that covers the family: heads that are rotated whole, norms without an offset.
         """
@@ -237,8 +263,7 @@ class Transformer(nn.Module):
         norms = (weights["q_norm"], weights["k_norm"]) if self.config.qk_norm else None
         ropes = (self.config.rope, self.config.local_rope or self.config.rope)
         fused = all(rope.partial == 1.0 for rope in ropes) and not (norms and self.config.norm_offset)
-        tables = rope_tables(positions, *self._rope(0)) if self.config.local_rope is None else None
-        alike = tables is not None and not self.config.mixed_windows
+        alike = rotations is not None and not self.config.mixed_windows
 
         def of_layer(cache: KVCache, layer: int | Array) -> DecodeAttend:
             prompt, kv, slot = (cache.prompt_k, cache.prompt_v, cache.prompt_lengths), (cache.k, cache.v), cache.length
@@ -249,7 +274,7 @@ class Transformer(nn.Module):
                 return qkv.reshape(qkv.shape[0], *cache.k.shape[1:3], -1)
 
             def new_tokens() -> NewTokens:
-                cos, sin = tables or rope_tables(positions, *self._rope(layer))
+                cos, sin = rotations or rope_tables(positions, *self._rope(layer))
                 return NewTokens(cos, sin, *prompt, *kv, slot, norms, bias, cache.all_scales)
 
             def rows(qkv: Array, permuted: bool) -> tuple[Rows, KVCache]:

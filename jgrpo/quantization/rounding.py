@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from jgrpo.errors import UserError
 from jgrpo.quantization.weights import Fast8Weight, Int4Weight, Int8Weight, pack_nibbles
+from pallas_kernels import codes
 
 
 def quantize(weight: Float[Any, "*L N K"], group_size: int, scale_dtype: Any = jnp.float32) -> Int4Weight:
@@ -39,14 +40,8 @@ def quantize_int8(weight: Float[Any, "*L N K"], group_size: int, scale_dtype: An
 
 def quantize_fast8(weight: Float[Any, "*L N K"], group_size: int, scale_dtype: Any = jnp.float32) -> Fast8Weight:
     """The same with 256 levels that are twice as far apart above 0 as below it."""
-    xp, groups = _groups(weight, group_size)
-    below, above = (xp.maximum(side.max(axis=-1), 0) for side in (-groups, groups))
-    upright, flipped = xp.maximum(below / 128, above / 254), xp.maximum(above / 128, below / 254)
-    scales = xp.where(upright <= flipped, upright, -flipped).astype(scale_dtype)
-    steps = groups / xp.where(scales == 0, 1, scales).astype(xp.float32)[..., None]
-    negative, positive = xp.clip(xp.round(steps), -128, -1), xp.clip(xp.round(steps / 2), 0, 127)
-    packed = (128 + xp.where(steps < -0.5, negative, positive)).astype(xp.uint8)
-    return Fast8Weight(packed.reshape(weight.shape), scales)
+    _, groups = _groups(weight, group_size)
+    return Fast8Weight(*codes.quantize_fast8(groups.reshape(weight.shape), group_size, scale_dtype))
 
 
 def _groups(weight: Any, group_size: int) -> tuple[Any, Any]:

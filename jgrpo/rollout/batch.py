@@ -147,8 +147,9 @@ def rollout_program(
     but JAX refuses it inside another `jit`, because it has compiler options (`DECODING`).
     """
     setup = Setup.create(model, config, eos_ids, pad_id)
-    variables = decoding_variables(model, base, lora, merged, unrolls(config))
     stage = _begin(setup, base, lora, prompts, key, row_limits)
+    positions = stage.state.cache.positions
+    variables = decoding_variables(model, base, lora, merged, unrolls(config), positions)
     _, buffers = run_chunks(setup, variables, stage.state, stage.uniforms, stage.buffers, lambda _: jnp.asarray(False))
     return to_rollout(prompts, buffers, config.max_completion_length)
 
@@ -197,7 +198,8 @@ def _run(
     def enough(remaining: Array) -> Array:
         return jnp.asarray(False) if until is None else compaction.fits(remaining, stage.rows, until, shape)
 
-    variables = decoding_variables(setup.model, base, lora, merged, unrolls(setup.config))
+    positions = stage.state.cache.positions
+    variables = decoding_variables(setup.model, base, lora, merged, unrolls(setup.config), positions)
     state, buffers = run_chunks(setup, variables, stage.state, stage.uniforms, stage.buffers, enough)
     return dataclasses.replace(stage, state=state, buffers=buffers)
 

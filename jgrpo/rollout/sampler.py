@@ -12,6 +12,7 @@ Every row has its own key, and its random number for token t is the same whateve
 the number of questions.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ from jaxtyping import Bool, Float, Float32, Int32, PRNGKeyArray
 
 from jgrpo.config import RolloutConfig
 from jgrpo.models import KVCache, Transformer
-from jgrpo.rollout.sampling import Draw, draw
+from jgrpo.rollout.sampling import draw_and_record
 from jgrpo.rollout.types import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
-from jgrpo.rollout.weights import decoding_adapter, unrolls
+from jgrpo.rollout.weights import decoding_adapter, step_constants, unrolls
+from pallas_kernels.completions import Completions, Ends, pack, unpack
 
 MAX_CHUNK = 32
 """Decode steps between two tests whether every row is done."""
@@ -68,17 +70,14 @@ class Recorded(NamedTuple):
         zeros, false = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
         return cls(jnp.full(shape, pad_id, jnp.int32), zeros, zeros, false, false)
 
-    def pack(self) -> Int32[Array, "4 Q G"]:
-        """All fields in one array: one write a token instead of five."""
-        floats = (lax.bitcast_convert_type(x, jnp.int32) for x in (self.logprob, self.log_kept))
-        return jnp.stack([self.token, *floats, self.live + 2 * self.stops.astype(jnp.int32)])
+    def pack(self) -> Int32[Array, "T 4 M"]:
+        """As the loop writes them, a token at a time."""
+        return pack(*(field.reshape(len(field), -1) for field in self))
 
     @classmethod
-    def unpack(cls, packed: Int32[Array, "T 4 Q G"]) -> "Recorded":
-        """`pack` undone, of a stack."""
-        token, *floats, flags = (packed[:, field] for field in range(4))
-        logprob, log_kept = (lax.bitcast_convert_type(x, jnp.float32) for x in floats)
-        return cls(token, logprob, log_kept, flags & 1 != 0, flags & 2 != 0)
+    def unpack(cls, packed: Int32[Array, "T 4 M"], shape: tuple[int, ...]) -> "Recorded":
+        """`pack` undone; `shape` is (Q, G)."""
+        return cls(*(field.reshape(-1, *shape) for field in unpack(packed)))
 
 
 @flax.struct.dataclass
@@ -116,10 +115,13 @@ def stream(
     size, count = chunking(limit, chunk)
     state = _jit_prefill(setup, base, lora, prompts, size * count)
     uniforms = row_uniforms(key, state.remaining.shape, size * count)
-    variables = {"params": base, "lora": _jit_adapter(model, lora, unrolls(config))}
+    # Not `decoding_variables`: that program's results would hold a copy of the base.
+    layers = {**base["layers"], **_jit_constants(model, base, state.cache.positions)}
+    adapter = _jit_adapter(model, lora, unrolls(config))
+    variables = {"params": {**base, "layers": layers}, "lora": adapter}
     for start in range(0, size * count, size):
-        state, recorded = _jit_chunk(setup, variables, state, uniforms[start : start + size])
-        yield jax.tree.map(lambda x, rest=limit - start: x[:rest], recorded)
+        state, packed = _jit_chunk(setup, variables, state, uniforms[start : start + size])
+        yield Recorded.unpack(packed[: limit - start], state.remaining.shape)
         if not bool(jnp.any(state.remaining)):
             return
 
@@ -168,39 +170,45 @@ def run_chunks(
     """Chunks of tokens into `buffers` (time first), until every row is done or, seeing what remains, it is `enough`."""
     size, _ = chunking(setup.config.max_completion_length)
 
-    def unfinished(carry: tuple[DecodeState, Recorded]) -> Bool[Array, ""]:
+    def unfinished(carry: tuple[DecodeState, Array]) -> Bool[Array, ""]:
         remaining = carry[0].remaining
         return jnp.any(remaining > 0) & ~enough(remaining)
 
-    def advance(carry: tuple[DecodeState, Recorded]) -> tuple[DecodeState, Recorded]:
+    def advance(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         start = carry[0].drawn
-        chunk = lax.dynamic_slice_in_dim(uniforms, start, size)
-        state, recorded = decode_chunk(setup, variables, carry[0], chunk)
-        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return state, jax.tree.map(write, carry[1], recorded)
+        state, packed = decode_chunk(setup, variables, carry[0], lax.dynamic_slice_in_dim(uniforms, start, size))
+        return state, lax.dynamic_update_slice_in_dim(carry[1], packed, start, axis=0)
 
-    return lax.while_loop(unfinished, advance, (state, buffers))
+    state, packed = lax.while_loop(unfinished, advance, (state, buffers.pack()))
+    return state, Recorded.unpack(packed, state.remaining.shape)
 
 
 def decode_chunk(
     setup: Setup, variables: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
-) -> tuple[DecodeState, Recorded]:
-    """`size` more tokens of every row; `variables` are `decoding_variables`, made once outside the loop."""
+) -> tuple[DecodeState, Int32[Array, "size 4 M"]]:
+    """`size` more tokens of every row, and what to keep of them; `variables` are `decoding_variables`, made once outside the loop.
+
+    The loop has one counter, its own: another one would be a kernel in every step.
+    """
     decode = functools.partial(_apply, setup, "decode", variables, unroll=unrolls(setup.config))
+    shape, size = state.remaining.shape, len(uniforms)
 
-    def step(state: DecodeState, index: Int32[Array, ""]) -> tuple[DecodeState, Array]:
+    def advance(step: Int32[Array, ""], carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+        state, packed = carry
         logits = _apply(setup, "logits", variables, state.hidden)
-        recorded = _record(setup, state, _draw(setup.config, logits, uniforms, index))
-        hidden, cache = decode(recorded.token, state.cache)
-        remaining = jnp.where(recorded.stops, 0, jnp.maximum(state.remaining - 1, 0))
-        return DecodeState(cache, hidden, remaining), recorded.pack()
+        token, completions = _draw(setup, logits, uniforms, Completions(packed, state.remaining.reshape(-1)), step)
+        hidden, cache = decode(token.reshape(shape), state.cache, step)
+        return DecodeState(cache, hidden, completions.remaining.reshape(shape)), completions.packed
 
-    state, packed = lax.scan(step, state, jnp.arange(len(uniforms)))
-    return state, Recorded.unpack(packed)
+    packed = jnp.zeros((size, 4, shape[0] * shape[1]), jnp.int32)
+    state, packed = lax.fori_loop(0, size, advance, (state, packed))
+    cache = dataclasses.replace(state.cache, length=state.cache.length + size)
+    return dataclasses.replace(state, cache=cache), packed
 
 
 _jit_prefill = jax.jit(prefill, static_argnames=("setup", "slots"))
 _jit_chunk = jax.jit(decode_chunk, static_argnames=("setup",), donate_argnames=("state",))
+_jit_constants = jax.jit(step_constants, static_argnames=("model", "positions"))
 _jit_adapter = jax.jit(decoding_adapter, static_argnames=("model", "unroll"))
 
 
@@ -209,31 +217,23 @@ def _apply(setup: Setup, method: str, variables: Params, *args: Any, **settings:
 
 
 def _draw(
-    config: RolloutConfig,
+    setup: Setup,
     logits: Float32[Array, "Q G V"],
-    uniforms: Float32[Array, "size Q G"],
+    uniforms: Float32[Array, "T Q G"],
+    completions: Completions,
     step: Int32[Array, ""],
-) -> Draw:
-    return draw(
-        logits,
-        uniforms,
+) -> tuple[Int32[Array, " M"], Completions]:
+    config = setup.config
+    return draw_and_record(
+        logits.reshape(-1, logits.shape[-1]),
+        uniforms.reshape(len(uniforms), -1),
+        completions,
+        step,
+        Ends(setup.stop_ids, setup.pad_id),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
-        step=step,
-    )
-
-
-def _record(setup: Setup, state: DecodeState, drawn: Draw) -> Recorded:
-    """Mask what rows past their end drew."""
-    live = state.remaining > 0
-    return Recorded(
-        token=jnp.where(live, drawn.token, setup.pad_id),
-        logprob=jnp.where(live, drawn.logprob, 0.0),
-        log_kept=jnp.where(live, drawn.log_kept, 0.0),
-        live=live,
-        stops=live & jnp.isin(drawn.token, jnp.asarray(setup.stop_ids, jnp.int32)),
     )
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
 
 import pallas_kernels
 from pallas_kernels import inverse_cdf
+from pallas_kernels.completions import Completions, Ends, record
 from pallas_kernels.inverse_cdf import Total, block_width, draw_kept, total_of
 from pallas_kernels.reference import take_layer
 
@@ -91,9 +92,8 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    step: Int[Array, ""] | None = None,
 ) -> Draw:
-    """Draw one token a row with one uniform number in [0, 1) a row; with `step`, `uniform` holds many steps' numbers, time first.
+    """Draw one token a row with one uniform number in [0, 1) a row.
 
     Temperature 0 is greedy: the first of the largest logits with logprob 0, and `log_kept` its log-probability
     at temperature 1.
@@ -102,21 +102,43 @@ def draw(
     if temperature == 0.0:
         return _greedy(logits)
     if _keeps_everything(logits, top_k, top_p, min_p):
-        return _from_all(logits, uniform, temperature, step)
+        return _from_all(logits, uniform, temperature)
     logits = logits / temperature
     total = total_of(logits)
     threshold = keep_threshold(logits, top_k=top_k, top_p=top_p, min_p=min_p, total=total)
-    token, logprob, kept = draw_kept(logits, threshold, take_layer(uniform, step))
+    token, logprob, kept = draw_kept(logits, threshold, uniform)
     return Draw(token, logprob, jnp.log(kept.mass) - jnp.log(total.mass))
 
 
-def _from_all(
-    logits: Float32[Array, "... V"], uniform: Float32[Array, "..."], temperature: float, step: Int[Array, ""] | None
-) -> Draw:
-    """By rows, and the step by its number: a slice in front of a kernel would be copied, or fused with it by a computed address."""
+def draw_and_record(
+    logits: Float[Array, "M V"],
+    uniform: Float32[Array, "T M"],
+    completions: Completions,
+    step: Int[Array, ""],
+    ends: Ends,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Int32[Array, " M"], Completions]:
+    """`draw` with the numbers of `step`, and the completions with what was drawn; of rows that are done the token is the pad token.
+
+    The step goes by its number: a slice in front of a kernel would be copied, or fused with it by a computed address.
+    """
+    logits = logits.astype(jnp.float32)
+    if temperature != 0.0 and _keeps_everything(logits, top_k, top_p, min_p):
+        return pallas_kernels.draw_and_record(
+            logits, uniform, completions, temperature=temperature, step=step, ends=ends
+        )
+    number = take_layer(uniform, step)
+    drawn = draw(logits, number, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return record(completions, step, ends, *drawn)
+
+
+def _from_all(logits: Float32[Array, "... V"], uniform: Float32[Array, "..."], temperature: float) -> Draw:
     rows = logits.reshape(-1, logits.shape[-1])
-    numbers = uniform.reshape(-1) if step is None else uniform.reshape(len(uniform), -1)
-    drawn = pallas_kernels.draw_token(rows, numbers, temperature=temperature, step=step)
+    drawn = pallas_kernels.draw_token(rows, uniform.reshape(-1), temperature=temperature)
     token, logprob = (part.reshape(logits.shape[:-1]) for part in drawn)
     return Draw(token, logprob, jnp.zeros_like(logprob))
 

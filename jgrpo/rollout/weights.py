@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer
-from jgrpo.models.decoding import FOLLOWING_NORM, following_norms
-from jgrpo.quantization import LAYERS, MixedWeight, PackedWeight, dequantize, quantize_fast8
-from pallas_kernels import LayerMatrices, LayerMatrix, interleave_gate
+from jgrpo.models.decoding import FOLLOWING_NORM, ROTATIONS, following_norms, rotations
+from jgrpo.quantization import LAYERS, Int4Weight, MixedWeight, PackedWeight, dequantize, quantize_fast8
+from pallas_kernels import LayerMatrices, LayerMatrix, Source, put_layer
 
 Params = Mapping[str, Any]
 
@@ -228,13 +228,11 @@ def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16") ->
         return _merge_one(stack, index, adapter.get(name), layer, copy=copy, dtype=dtype)
 
     def stacked(name: str) -> LayerMatrix:
-        rows, width = matrix_shapes(model.config)[name]
-        packed = jnp.zeros((len(numbers), rows, width), jnp.uint8)
-        matrix = LayerMatrix(packed, jnp.zeros((len(numbers), width // copy_group(width), rows), SCALE))
+        matrix, how = None, dict(layers=len(numbers), dtype=dtype, gate=name == "gate_up")
         for layer in numbers:
             stack, index = _stack_and_index(base["layers"][name], layer)
-            gate = name == "gate_up"
-            matrix = _merge_into(matrix, stack, index, adapter.get(name), layer, dtype=dtype, gate=gate)
+            matrix = _merge_into(matrix, stack, index, adapter.get(name), layer, **how)
+        assert matrix is not None
         return matrix
 
     if copy == "int8_layers":
@@ -275,29 +273,41 @@ def _merge_one(
     return quantize_fast8(wide[None], copy_group(wide.shape[-1]), SCALE)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "gate"), donate_argnames=("into",))
+@functools.partial(jax.jit, static_argnames=("layers", "dtype", "gate"), donate_argnames=("into",))
 def _merge_into(
-    into: LayerMatrix,
+    into: LayerMatrix | None,
     stack: Any,
     index: Array,
     adapter: tuple[Array, Array] | None,
     layer: Array,
     *,
+    layers: int,
     dtype: str,
     gate: bool,
 ) -> LayerMatrix:
-    """The matrices of all layers with this one's, in place."""
+    """The matrices of all layers with this one's, in place; without any, those of so many layers."""
+    if isinstance(stack, Int4Weight) and stack.zeros is None:
+        source = Source(stack.packed, stack.scales, adapter)
+        how: dict[str, Any] = dict(
+            group=copy_group(2 * stack.packed.shape[-1]), gate=gate, dtype=dtype, scales_dtype=SCALE
+        )
+        return pallas_kernels.merge_layer(into, source, index, layer, layers=layers, **how)
     coded = _merge_one(stack, index, adapter, layer, copy="int8", dtype=dtype)
-    packed, scales = map(interleave_gate, (coded.packed, coded.scales)) if gate else (coded.packed, coded.scales)
-    own = LayerMatrix(packed, jnp.swapaxes(scales, 1, 2))
-    return jax.tree.map(lambda all_layers, one: lax.dynamic_update_slice_in_dim(all_layers, one, layer, 0), into, own)
+    return put_layer(into, coded.packed[0], coded.scales[0], layer, layers, gate)
 
 
-def decoding_variables(model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool) -> Params:
-    """What the decode loop applies the model to; made once, outside the loop, where XLA cannot compute it again for every layer to save memory."""
-    layers = {**base["layers"], **(merged or {}), FOLLOWING_NORM: following_norms(base)}
+def decoding_variables(
+    model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool, positions: int
+) -> Params:
+    """What the decode loop applies the model to, in rows of up to `positions`; made once, outside the loop, where XLA cannot compute it again for every layer to save memory."""
+    layers = {**base["layers"], **(merged or {}), **step_constants(model, base, positions)}
     lora = decoding_adapter(model, lora, unroll) if merged is None else {}
     return {"params": {**base, "layers": layers}, "lora": lora}
+
+
+def step_constants(model: Transformer, base: Params, positions: int) -> dict[str, Any]:
+    """What every step of decoding would make anew of the base and of up to `positions`; among its layers by these names."""
+    return {FOLLOWING_NORM: following_norms(base), ROTATIONS: rotations(model.config, positions)}
 
 
 def decoding_adapter(model: Transformer, lora: Params, unroll: bool) -> dict[str, tuple[Any, Array]]:

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from pallas_kernels import (
     add_rms_norm_triton,
+    begin_step_triton,
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
@@ -27,10 +28,12 @@ from pallas_kernels import (
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
+    merge_layer_triton,
     rope_attention_triton,
     rope_cache_triton,
     tuning,
 )
+from pallas_kernels.merge_layer import Source
 
 
 def unfinished_products(ttgir: str) -> int:
@@ -185,6 +188,34 @@ def add_rms_norm(width: int, capability: int) -> tuple[int, int]:
     return compile_kernel(add_rms_norm_triton.add_rms_norm_kernel, types, constants, blocks, capability)
 
 
+def begin_step(width: int, capability: int) -> tuple[int, int]:
+    """With rotations, a factor of the embedding and permuted columns."""
+    table, lengths = ShapeDtypeStruct((1000, width), "bfloat16"), ShapeDtypeStruct((8,), "int32")
+    rotations = ShapeDtypeStruct((2, 768, 64), "float32")
+    constants = begin_step_triton.kernel_constants(table, lengths, rotations, 1e-6, 0.0, 39.25, permuted=True)
+    constants |= {"DTYPE": tl.bfloat16, "STEP_IS_POINTER": True}
+    types = dict.fromkeys(("table_ptr", "scale_ptr", "residual_ptr", "rows_ptr", "permuted_ptr"), "*bf16")
+    types |= dict.fromkeys(("tokens_ptr", "lengths_ptr", "filled_ptr", "step_ptr", "slot_ptr"), "*i32")
+    types |= dict.fromkeys(("rotations_ptr", "cos_ptr", "sin_ptr"), "*fp32")
+    blocks = SimpleNamespace(warps=begin_step_triton.warps(width), stages=1)
+    return compile_kernel(begin_step_triton.begin_step_kernel, types, constants, blocks, capability)
+
+
+def merge_layer(rank: int, capability: int) -> tuple[int, int]:
+    """Gate and up of a 1.5B; rank 0: no adapter."""
+    shapes = [((28, 17920, 768), "uint8"), ((28, 17920, 24), "bfloat16")]
+    factors = [((28, rank, 1536), "float32"), ((28, 17920, rank), "float32")]
+    adapter = tuple(ShapeDtypeStruct(*shape) for shape in factors) if rank else None
+    source = Source(*(ShapeDtypeStruct(*shape) for shape in shapes), adapter)
+    constants, _ = merge_layer_triton.kernel_constants(source, 64, gate=True)
+    types = dict.fromkeys(("packed_ptr", "into_packed_ptr", "packed_out_ptr"), "*u8") | {"scales_ptr": "*bf16"}
+    types |= dict.fromkeys(("into_scales_ptr", "scales_out_ptr"), "*bf16") | dict.fromkeys(("a_ptr", "b_ptr"), "*fp32")
+    types |= dict.fromkeys(("index_ptr", "layer_ptr"), "*i32")
+    blocks = SimpleNamespace(warps=merge_layer_triton.WARPS, stages=3)
+    constants |= {"DTYPE": tl.bfloat16}
+    return compile_kernel(merge_layer_triton.merge_layer_kernel, types, constants, blocks, capability)
+
+
 def gated_activation(activation: str, capability: int) -> tuple[int, int]:
     """Two partial sums, a bias and permuted columns."""
     parts = ShapeDtypeStruct((2, 64, 17920), "float32")
@@ -202,12 +233,13 @@ def gated_activation(activation: str, capability: int) -> tuple[int, int]:
 
 
 def draw_token(capability: int) -> dict[str, tuple[int, int]]:
-    """Statistics of blocks, and the search, of a vocabulary that the blocks do not divide."""
+    """Statistics of blocks, and the search with a record, of a vocabulary that the blocks do not divide."""
     shared, row = draw_token_triton.kernel_constants(64, 151_936, 0.7)
     types = dict.fromkeys(("logits_ptr", "highest_ptr", "sums_ptr", "uniform_ptr", "logprob_ptr"), "*fp32")
-    types |= dict.fromkeys(("step_ptr", "token_ptr"), "*i32")
+    written = ("token_ptr", "remaining_out_ptr", "packed_out_ptr")
+    types |= dict.fromkeys(("step_ptr", "remaining_ptr", "packed_ptr", "stops_ptr", *written), "*i32")
     blocks = SimpleNamespace(warps=draw_token_triton.WARPS, stages=1)
-    kernels = {"block_sums": shared, "find_token": row | {"STEPS": True}}
+    kernels = {"block_sums": shared, "find_token": row | {"STEPS": True, "RECORD": True, "STOPS": 2, "PAD": 0}}
     return {
         name: compile_kernel(getattr(draw_token_triton, f"{name}_kernel"), types, constants, blocks, capability)
         for name, constants in kernels.items()
@@ -237,6 +269,9 @@ if __name__ == "__main__":
             print(f"gated_matmul-{rows}-{swapped}-sm_{target}", *gated_matmul(rows, target, swapped), flush=True)
         for width in (1536, 8192):
             print(f"add_rms_norm-{width}-sm_{target}", *add_rms_norm(width, target), flush=True)
+            print(f"begin_step-{width}-sm_{target}", *begin_step(width, target), flush=True)
+        for rank in (0, 64, 96):
+            print(f"merge_layer-{rank}-sm_{target}", *merge_layer(rank, target), flush=True)
         for activation in ("silu", "gelu_tanh"):
             print(f"gated_activation-{activation}-sm_{target}", *gated_activation(activation, target), flush=True)
         for name, usage in draw_token(target).items():

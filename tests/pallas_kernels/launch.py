@@ -13,6 +13,7 @@ import triton.language as tl
 
 from pallas_kernels import (
     add_rms_norm_triton,
+    begin_step_triton,
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
@@ -20,10 +21,13 @@ from pallas_kernels import (
     gated_activation_triton,
     gated_matmul_triton,
     int4_matmul_triton,
+    merge_layer_triton,
     rope_attention_triton,
     rope_cache_triton,
 )
 from pallas_kernels.codes import NF4, PER_BYTE
+from pallas_kernels.completions import Completions, Ends
+from pallas_kernels.merge_layer import Source
 from pallas_kernels.tuning import WGMMA, AttentionConfig, DenseConfig, GatedConfig, Int4Config
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
@@ -218,12 +222,12 @@ def rope_and_cache(sums, cos, sin, k, v, slot, layer, norms, bias, eps):
 def add_rms_norm(case, layer: int, eps: float, dtype: str, pointer: bool):
     """The kernel on the numpy arrays of `case`; (residual, rows, permuted rows) as numpy, every output poisoned before."""
     residual, scale = rounded(case.residual, dtype), rounded(case.scale, dtype)
-    parts = None if case.parts is None else rounded(case.parts, "float32")
+    parts = rounded(case.parts, "float32")
     stacks = [None if stack is None else rounded(stack, dtype) for stack in (case.bias, case.branch_scale)]
     outputs = [poisoned(*residual.shape).to(residual.dtype) for _ in range(3)]
     add_rms_norm_triton.add_rms_norm_kernel[(residual.shape[0],)](
         residual,
-        residual if parts is None else parts,
+        parts,
         scale,
         *(residual if stack is None else stack for stack in stacks),
         scalar(layer) if pointer else layer,
@@ -272,24 +276,89 @@ def gated_matmul(x, weight, bias, layer: int, activation: str, config: GatedConf
     return float64(out)
 
 
+def begin_step(tokens, table, scale, positions, how: dict, dtype: str, pointer: bool) -> list[np.ndarray]:
+    """The kernel on numpy arrays: residual, rows, permuted rows, slot, cos, sin, all poisoned before."""
+    table, scale = rounded(table, dtype), rounded(scale, dtype)
+    lengths = torch.tensor(positions.lengths, dtype=torch.int32, device=DEVICE)
+    rotations = None if positions.rotations is None else rounded(positions.rotations, "float32")
+    constants = begin_step_triton.kernel_constants(table, lengths, rotations, permuted=True, **how)
+    rows = [poisoned(len(tokens), table.shape[1]).to(table.dtype) for _ in range(3)]
+    rotated = [poisoned(len(lengths), constants["R"]) for _ in range(2)]
+    outputs = [*rows, scalar(-1), *rotated]
+    begin_step_triton.begin_step_kernel[(len(tokens),)](
+        torch.tensor(tokens, dtype=torch.int32, device=DEVICE),
+        table,
+        scale,
+        lengths,
+        scalar(positions.filled),
+        scalar(positions.step) if pointer else positions.step,
+        table if rotations is None else rotations,
+        *outputs,
+        DTYPE=getattr(tl, dtype),
+        STEP_IS_POINTER=pointer,
+        num_warps=begin_step_triton.warps(table.shape[1]),
+        **constants,
+    )
+    return [out.float().cpu().numpy() for out in outputs]
+
+
+def merge_layer(into, source: Source, index: int, layer: int, group: int, gate: bool, dtype: str, scales_dtype: str):
+    """The kernel on numpy arrays, in place of the stack `into`; (packed, scales) as numpy."""
+    constants, grid = merge_layer_triton.kernel_constants(source, group, gate)
+    packed, scales = torch.tensor(source.packed, device=DEVICE), rounded(source.scales, "float32")
+    factors = [packed, packed] if source.adapter is None else [rounded(factor, "float32") for factor in source.adapter]
+    stacks = [torch.tensor(into.packed, device=DEVICE), rounded(into.scales, scales_dtype)]
+    merge_layer_triton.merge_layer_kernel[grid](
+        packed,
+        scales,
+        *factors,
+        scalar(index),
+        scalar(layer),
+        *stacks,
+        *stacks,
+        DTYPE=getattr(tl, dtype),
+        num_warps=merge_layer_triton.WARPS,
+        **constants,
+    )
+    return stacks[0].cpu().numpy(), float64(stacks[1])
+
+
 def draw_token(logits, uniform, *, temperature: float, step: int | None = None, block: int = draw_token_triton.BLOCK):
     """The kernels as `draw_token_triton.draw_token` launches them; (token, log-probability) as numpy, poisoned before."""
+    return _draw(logits, uniform, (), [], temperature, step, block)[:2]
+
+
+def draw_and_record(logits, uniform, completions: Completions, *, temperature: float, step: int, ends: Ends):
+    """The kernels as `draw_token_triton.draw_and_record` launches them; as that, in numpy."""
+    remaining, packed = (torch.tensor(np.array(x), device=DEVICE) for x in (completions.remaining, completions.packed))
+    stops = torch.tensor(ends.stop_ids or (0,), dtype=torch.int32, device=DEVICE)
+    how = dict(RECORD=True, STOPS=len(ends.stop_ids), PAD=ends.pad_id)
+    given, outputs = (remaining, packed, stops), [remaining, packed]
+    token, _, *left = _draw(logits, uniform, given, outputs, temperature, step, draw_token_triton.BLOCK, **how)
+    return token, Completions(*reversed(left))
+
+
+def _draw(
+    logits, uniform, record, outputs, temperature: float, step: int | None, block: int, **how
+) -> list[np.ndarray]:
     rows, vocab = logits.shape
     shared, row = draw_token_triton.kernel_constants(rows, vocab, temperature, block)
     source, numbers = rounded(logits, "float32"), rounded(uniform, "float32")
     statistics = [poisoned(rows, shared["BLOCKS"]) for _ in "ab"]
     token, logprob = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE), poisoned(rows)
-    how = {"num_warps": draw_token_triton.WARPS}
-    draw_token_triton.block_sums_kernel[(rows * shared["BLOCKS"],)](source, *statistics, **shared, **how)
+    how = dict(RECORD=False, STOPS=0, PAD=0) | how | {"num_warps": draw_token_triton.WARPS}
+    grid = (rows * shared["BLOCKS"],)
+    draw_token_triton.block_sums_kernel[grid](source, *statistics, **shared, num_warps=how["num_warps"])
+    outputs = [token, logprob, *(outputs or (token, token))]
     draw_token_triton.find_token_kernel[(rows,)](
         source,
         *statistics,
         numbers,
         0 if step is None else scalar(step),
-        token,
-        logprob,
+        *(record or (source,) * 3),
+        *outputs,
         STEPS=step is not None,
         **row,
         **how,
     )
-    return token.cpu().numpy(), logprob.cpu().numpy()
+    return [output.cpu().numpy() for output in outputs]

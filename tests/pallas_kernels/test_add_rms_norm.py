@@ -16,7 +16,6 @@ EPS, LAYER = 1e-5, 1
 TOLERANCE = {"float16": 3e-3, "float32": 2e-6, "bfloat16": 2e-2}
 WIDTHS = [(1, 64), (5, 896), (3, 1536), (2, 3584), (33, 48)]
 KINDS = {
-    "residual only": dict(parts=0),
     "one part": dict(parts=1),
     "sum of parts": dict(parts=5),
     "bias": dict(parts=3, bias=True),
@@ -34,7 +33,7 @@ def case(m: int, width: int, parts: int, bias: bool = False, branch_norm: bool =
 
     return SimpleNamespace(
         residual=draw(m, width),
-        parts=draw(parts, m, width) if parts else None,
+        parts=draw(parts, m, width),
         scale=draw(3, width),
         bias=draw(3, width) if bias else None,
         branch_scale=draw(3, width) if branch_norm else None,
@@ -48,10 +47,8 @@ def oracle(c) -> tuple[np.ndarray, np.ndarray]:
     def norm(x, scale):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * (c.offset + scale[LAYER].astype(np.float64))
 
-    x = c.residual.astype(np.float64)
-    if c.parts is not None:
-        branch = c.parts.astype(np.float64).sum(0) + (0 if c.bias is None else c.bias[LAYER])
-        x = x + (branch if c.branch_scale is None else norm(branch, c.branch_scale))
+    branch = c.parts.astype(np.float64).sum(0) + (0 if c.bias is None else c.bias[LAYER])
+    x = c.residual.astype(np.float64) + (branch if c.branch_scale is None else norm(branch, c.branch_scale))
     return x, norm(x, c.scale)
 
 
@@ -75,7 +72,7 @@ def test_twin(kind: str, traced: bool, dtype: str) -> None:
         stacks = {name: None if stack is None else jnp.asarray(stack, dtype) for name, stack in stacks.items()}
         return pallas_kernels.add_rms_norm(
             jnp.asarray(c.residual, dtype),
-            None if c.parts is None else jnp.asarray(c.parts),
+            jnp.asarray(c.parts),
             jnp.asarray(c.scale, dtype),
             layer=layer,
             eps=EPS,
@@ -111,8 +108,7 @@ def test_kernel(m: int, width: int, kind: str, pointer: bool) -> None:
     c, dtype = case(m, width, **KINDS[kind]), DTYPES[-1]
     residual, rows, reordered = add_rms_norm(c, LAYER, EPS, dtype, pointer)
     want = oracle(c)
-    if c.parts is not None:
-        assert relative_error(residual, want[0]) < TOLERANCE[dtype]
+    assert relative_error(residual, want[0]) < TOLERANCE[dtype]
     assert relative_error(rows, want[1]) < TOLERANCE[dtype]
     np.testing.assert_array_equal(reordered, permuted(rows))
 
@@ -121,10 +117,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, scale = jnp.ones((2, 24)), jnp.ones((3, 24))
     for arguments, message in [
         (dict(parts=jnp.ones((2, 24))), "wants parts"),
-        (dict(parts=None, bias=scale), "belong to parts"),
         (dict(parts=x[None], bias=scale[0]), "bias must be"),
-        (dict(parts=None, permuted=True), "sixteens"),
-        (dict(parts=None, implementation="triton"), "cannot run"),
+        (dict(parts=x[None], permuted=True), "sixteens"),
+        (dict(parts=x[None], implementation="triton"), "cannot run"),
     ]:
         with pytest.raises(ValueError, match=message):
             pallas_kernels.add_rms_norm(x, scale=scale, layer=0, eps=EPS, **arguments)

@@ -11,6 +11,7 @@ import scipy.stats
 
 import pallas_kernels
 from pallas_kernels import dispatch
+from pallas_kernels.completions import unpack
 from tests.pallas_kernels.oracles import draw_errors
 
 LAST = np.nextafter(np.float32(1), np.float32(0))
@@ -139,6 +140,32 @@ def test_samples_follow_the_distribution(draw) -> None:
     assert scipy.stats.chisquare(counts[p > 0], p[p > 0] / p.sum() * draws).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("stop_ids", [(), (3,), (5, 1, 11)])
+@pytest.mark.parametrize("record", ["twin", "kernel"])
+def test_record(record: str, stop_ids: tuple[int, ...]) -> None:
+    """What `draw_token` draws, rows that are done masked, and every other step's entry left as it was."""
+    op: Callable = pallas_kernels.draw_and_record
+    if record == "kernel":
+        op = pytest.importorskip("tests.pallas_kernels.launch", exc_type=ImportError).draw_and_record
+    rng, rows, step, pad = np.random.default_rng(5), 40, 2, 7
+    logits, uniform = np.float32(rng.normal(size=(rows, 12))), np.float32(rng.uniform(size=(4, rows)))
+    before = rng.integers(-9, 9, (4, 4, rows), dtype=np.int32)
+    remaining = rng.integers(0, 3, rows, dtype=np.int32)
+    completions, ends = pallas_kernels.Completions(before, remaining), pallas_kernels.Ends(stop_ids, pad)
+    token, got = op(logits, uniform, completions, temperature=0.9, step=step, ends=ends)
+    drawn, logprob = pallas_kernels.draw_token(logits, uniform, temperature=0.9, step=step)
+    live = remaining > 0
+    stops = live & np.isin(drawn, stop_ids)
+    want = [np.where(live, drawn, pad), np.where(live, logprob, 0), 0 * logprob, live, stops]
+    *exact, got_logprob = (np.asarray(unpack(jnp.asarray(got.packed[step]))[field]) for field in (0, 2, 3, 4, 1))
+    for part, expected in zip((token, *exact), (want[0], want[0], *want[2:]), strict=True):
+        np.testing.assert_array_equal(part, expected)
+    np.testing.assert_allclose(got_logprob, want[1], atol=ERROR)
+    np.testing.assert_array_equal(got.remaining, np.where(stops | ~live, 0, remaining - 1))
+    others = np.arange(4) != step
+    np.testing.assert_array_equal(np.asarray(got.packed)[others], before[others])
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     logits, uniform = jnp.ones((2, 24)), jnp.ones((2,))
     for arguments, message in [
@@ -152,6 +179,10 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             pallas_kernels.draw_token(**dict(logits=logits, uniform=uniform, temperature=1.0) | arguments)
+    completions = pallas_kernels.Completions(jnp.zeros((3, 4, 2), jnp.int32), jnp.ones(2, jnp.int32))
+    ends = pallas_kernels.Ends((), 0)
+    with pytest.raises(ValueError, match="completions must be"):
+        pallas_kernels.draw_and_record(logits, jnp.ones((4, 2)), completions, temperature=1.0, step=0, ends=ends)
 
 
 def test_rule() -> None:

@@ -1,6 +1,6 @@
-"""Compile the rollout for an H200 on a machine without one: `python -m tests.rollout.gpu_program int4|int8|bf16`.
+"""Compile the rollout for an H200 on a machine without one: `python -m tests.rollout.gpu_program int4|int8|bf16|merge`.
 
-Prints XLA's optimized program. The shapes are Qwen2.5-1.5B's with two layers and a small vocabulary, 64 rows. Run apart from the
+Prints XLA's optimized program, for `merge` that of one matrix of a copy in 8 bits. The shapes are Qwen2.5-1.5B's with two layers and a small vocabulary, 64 rows. Run apart from the
 tests, because it needs the packages of the GPU extra, Triton's compiler and a process that takes itself for a GPU's.
 """
 
@@ -20,8 +20,8 @@ from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Prompts, rollout_program
-from jgrpo.rollout.weights import int8_form, merge
-from pallas_kernels import dispatch
+from jgrpo.rollout.weights import COPY_GROUP, _merge_into, int8_form, merge
+from pallas_kernels import LayerMatrix, dispatch
 
 LAYERS, QUESTIONS, GROUP, PROMPT, TOKENS = 2, 8, 8, 256, 512
 CONFIG = ModelConfig("qwen2", 8192, 1536, 8960, LAYERS, 12, 2, 128, qkv_bias=True, tie_embeddings=True)
@@ -44,11 +44,30 @@ def quantized(path: Any, shape: jax.ShapeDtypeStruct) -> Any:
     return Int4Weight(jax.ShapeDtypeStruct((*lead, width // 2), jnp.uint8), scales)
 
 
-def program(weights: str) -> str:
-    """The optimized program of `rollout_program` with the base as stored, or with a merged copy."""
+def take_for_h200() -> None:
+    """Let this process take itself for an H200's."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver to ask for its version
     jax.default_backend = lambda: "gpu"
     dispatch.current_device = lambda: dispatch.Device("gpu", (9, 0), True, "NVIDIA H200", True, 132)
+
+
+def merge_program() -> str:
+    """The optimized program that puts a layer's gate and up, with its adapter, into the stack of a copy in 8 bits."""
+    rows, width, rank = 2 * CONFIG.intermediate_size, CONFIG.hidden_size, 64
+    shapes = [((rows, width // 2), jnp.uint8), ((rows, width // INT4_GROUP), jnp.bfloat16)]
+    shapes += [((rank, width), jnp.float32), ((rows, rank), jnp.float32)]
+    shapes += [((rows, width), jnp.uint8), ((width // COPY_GROUP, rows), jnp.bfloat16)]
+    sharding = h200()
+    packed, scales, a, b, *into = (
+        jax.ShapeDtypeStruct((LAYERS, *shape), dtype, sharding=sharding) for shape, dtype in shapes
+    )
+    stack, number = Int4Weight(packed, scales), jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+    how = dict(layers=LAYERS, dtype="bfloat16", gate=True)
+    return _merge_into.lower(LayerMatrix(*into), stack, number, (a, b), number, **how).compile().as_text()
+
+
+def program(weights: str) -> str:
+    """The optimized program of `rollout_program` with the base as stored, or with a merged copy."""
     lora_config = LoraConfig(lora_rank=32)
     model = Transformer(CONFIG, lora_config, jnp.bfloat16)
     base = jax.tree_util.tree_map_with_path(quantized, base_shapes(CONFIG, jnp.bfloat16))
@@ -69,4 +88,5 @@ def program(weights: str) -> str:
 
 
 if __name__ == "__main__":
-    print(program(sys.argv[1]))
+    take_for_h200()
+    print(merge_program() if sys.argv[1] == "merge" else program(sys.argv[1]))

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(
 
 CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads * built.TOKENS * built.CONFIG.head_dim
 MATRICES = {int(np.prod(shape)) for shape in matrix_shapes(built.CONFIG).values()}
-OUTSIDE_OF_LAYERS = 11
-"""Kernels of a step beside its layers': head, draw, record, embedding, angles, counters (docs/benchmarks.md)."""
+OUTSIDE_OF_LAYERS = 5
+"""Kernels of a step beside its layers': the head, two that draw and record, the beginning of the layers, and the loop's counter."""
 OF_A_LAYER = {"bf16": 7, "int8": 0, "int4": 12}
 """With a merged copy; with an int4 base and adapter there are four products more."""
-OF_ALL_LAYERS = {"bf16": 0, "int8": 1, "int4": 0}
-"""Of a copy in 8 bits. (It also has the first layer's norm in front, which others count with the layer before, and does without a counter.)"""
+OF_ALL_LAYERS = {"bf16": 0, "int8": 2, "int4": 0}
+"""Of a copy in 8 bits, beside the counter that its programs meet at."""
 PADDED = {"bf16": 0, "int8": 0, "int4": 1}
 """Copies of the scales of `down`, 140 a row, with the 144 columns that the hardware's copies ask for (12 MB of the whole model). XLA leaves
 them in the loop."""
@@ -34,11 +34,16 @@ them in the loop."""
 @pytest.fixture(scope="module", params=["int4", "int8", "bf16"])
 def compiled(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(weights, program)"""
-    command = [sys.executable, "-m", "tests.rollout.gpu_program", request.param]
+    return request.param, text_of(request.param)
+
+
+def text_of(which: str) -> str:
+    """The program that `gpu_program` prints."""
+    command = [sys.executable, "-m", "tests.rollout.gpu_program", which]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, done.stdout
+    return done.stdout
 
 
 def step(program: str) -> str:
@@ -69,6 +74,13 @@ def test_a_step_dequantizes_no_matrix(compiled: tuple[str, str]) -> None:
 def test_the_host_waits_once_a_chunk(compiled: tuple[str, str]) -> None:
     loops = [line for line in compiled[1].splitlines() if " while(" in line]
     assert len([line for line in loops if "known_trip_count" not in line]) == 1
+
+
+def test_a_matrix_is_merged_in_place_by_one_kernel() -> None:
+    program = text_of("merge")
+    assert re.findall(r" = .*? (fusion|custom-call|copy|convert)\(", program) == ["custom-call"]
+    outputs = re.findall(r"\{([01])\}: \(\d+, \{\}, m\w+-alias\)", program)
+    assert outputs == ["0", "1"]
 
 
 def test_kernels_of_a_step(compiled: tuple[str, str]) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jgrpo.rollout.sampling import draw, keep_threshold, truncate
+from jgrpo.rollout.sampling import draw, draw_and_record, keep_threshold, truncate
 from pallas_kernels import inverse_cdf
+from pallas_kernels.completions import Completions, Ends, unpack
 from pallas_kernels.inverse_cdf import exp_sums
 
 SETTINGS = [
@@ -174,10 +175,13 @@ def test_top_k_one_is_the_argmax_at_any_temperature() -> None:
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(top_p=0.9), dict(temperature=0.0)], ids=str)
-def test_a_step_draws_with_its_own_numbers(settings: dict) -> None:
-    logits = jax.random.normal(jax.random.key(6), (3, 4, 50))
-    numbers = jax.random.uniform(jax.random.key(7), (5, 3, 4))
+def test_a_step_records_what_its_own_numbers_draw(settings: dict) -> None:
+    logits = jax.random.normal(jax.random.key(6), (12, 50))
+    numbers = jax.random.uniform(jax.random.key(7), (5, 12))
+    completions = Completions(jnp.zeros((5, 4, 12), jnp.int32), jnp.ones(12, jnp.int32))
     for step in (0, 3):
-        got = draw(logits, numbers, step=jnp.int32(step), **settings)
-        for part, want in zip(got, draw(logits, numbers[step], **settings), strict=True):
-            np.testing.assert_array_equal(part, want)
+        token, got = draw_and_record(logits, numbers, completions, jnp.int32(step), Ends((), 0), **settings)
+        want = draw(logits, numbers[step], **settings)
+        np.testing.assert_array_equal(token, want.token)
+        for part, expected in zip(unpack(got.packed[step]), want, strict=False):
+            np.testing.assert_array_equal(part, expected)
