@@ -94,6 +94,9 @@ def find_token_kernel(
     sums = tl.load(sums_ptr + row * BLOCKS + block, mask=exists, other=0.0)
     step = tl.load(step_ptr) if STEPS else 0
     uniform = tl.load(uniform_ptr + step * M + row)
+    if RECORD:
+        # In front of the reductions, whose barriers all warps pass before one overwrites it.
+        remaining = tl.load(remaining_ptr + row)
     largest = tl.max(highest, axis=0)
     weights = sums * tl.exp2((highest - largest) * SCALE)
     mass = tl.sum(weights, axis=0)
@@ -108,7 +111,6 @@ def find_token_kernel(
     logit = tl.load(start + token)
     logprob = (logit - largest) * INVERSE_TEMPERATURE - tl.log(mass)
     if RECORD:
-        remaining = tl.load(remaining_ptr + row)
         live = remaining > 0
         stops = remaining < 0
         for stop in tl.static_range(STOPS):
