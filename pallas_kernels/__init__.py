@@ -22,6 +22,7 @@ from pallas_kernels.decode_layers import (
     layer_counter,
 )
 from pallas_kernels.dense_matmul import dense_partial_sums
+from pallas_kernels.draw_corrected import draw_corrected, numbers_a_token
 from pallas_kernels.draw_token import draw_token
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.gated_matmul import gated_matmul
@@ -46,6 +47,7 @@ __all__ = [
     "decode_layers",
     "dense_partial_sums",
     "dequantize",
+    "draw_corrected",
     "draw_token",
     "first_qkv",
     "gated_activation",
@@ -57,6 +59,7 @@ __all__ = [
     "interleave_gate",
     "joined",
     "layer_counter",
+    "numbers_a_token",
     "reads_permuted",
     "rms_norm",
     "rope_and_cache",

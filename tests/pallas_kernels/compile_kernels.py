@@ -23,6 +23,7 @@ from pallas_kernels import (
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
+    draw_corrected_triton,
     draw_token_triton,
     gated_activation_triton,
     gated_matmul_triton,
@@ -214,6 +215,15 @@ def draw_token(capability: int) -> dict[str, tuple[int, int]]:
     }
 
 
+def draw_corrected(width: int, capability: int) -> tuple[int, int]:
+    """The search for candidates, in rows that are a part of a block of columns and in rows of several."""
+    _, row = draw_corrected_triton.kernel_constants(64, 151_936, width, 7, 0.7)
+    types = dict.fromkeys(("logits_ptr", "highest_ptr", "sums_ptr", "uniform_ptr", "logprob_ptr"), "*fp32")
+    types |= dict.fromkeys(("step_ptr", "token_ptr"), "*i32") | dict.fromkeys(("hidden_ptr", "head_ptr"), "*bf16")
+    blocks = SimpleNamespace(warps=draw_corrected_triton.WARPS, stages=1)
+    return compile_kernel(draw_corrected_triton.find_corrected_kernel, types, row | {"STEPS": True}, blocks, capability)
+
+
 if __name__ == "__main__":
     for target in map(int, sys.argv[1:]):
         print(f"dequantize-sm_{target}", *dequantize(target), flush=True)
@@ -241,6 +251,8 @@ if __name__ == "__main__":
             print(f"gated_activation-{activation}-sm_{target}", *gated_activation(activation, target), flush=True)
         for name, usage in draw_token(target).items():
             print(f"{name}-sm_{target}", *usage, flush=True)
+        for width in (896, 1536, 4096):
+            print(f"find_corrected-{width}-sm_{target}", *draw_corrected(width, target), flush=True)
         for cache in ("int8", "float8_e4m3fn")[: 2 if target >= 89 else 1]:
             print(f"decode_attention-{cache}-sm_{target}", *decode_attention(128, target, cache), flush=True)
             print(f"rope_and_cache-{cache}-sm_{target}", *rope_and_cache(target, "i32", cache), flush=True)

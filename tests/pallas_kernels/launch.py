@@ -16,6 +16,7 @@ from pallas_kernels import (
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
+    draw_corrected_triton,
     draw_token_triton,
     gated_activation_triton,
     gated_matmul_triton,
@@ -270,6 +271,32 @@ def gated_matmul(x, weight, bias, layer: int, activation: str, config: GatedConf
         **constants,
     )
     return float64(out)
+
+
+def draw_corrected(proposal, hidden, head, uniform, *, temperature: float, step: int | None = None):
+    """The kernels as `draw_corrected_triton.draw_corrected` launches them; (token, log-probability) as numpy, poisoned before."""
+    rows, vocab = proposal.shape
+    shared, row = draw_corrected_triton.kernel_constants(
+        rows, vocab, hidden.shape[1], uniform.shape[-1], temperature, draw_token_triton.BLOCK
+    )
+    source, numbers = rounded(proposal, "float32"), rounded(uniform, "float32")
+    statistics = [poisoned(rows, shared["BLOCKS"]) for _ in "ab"]
+    token, logprob = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE), poisoned(rows)
+    draw_token_triton.block_sums_kernel[(rows * shared["BLOCKS"],)](source, *statistics, **shared)
+    draw_corrected_triton.find_corrected_kernel[(rows,)](
+        source,
+        rounded(hidden, DTYPES[-1]),
+        rounded(head, DTYPES[-1]),
+        *statistics,
+        numbers,
+        0 if step is None else scalar(step),
+        token,
+        logprob,
+        STEPS=step is not None,
+        num_warps=draw_corrected_triton.WARPS,
+        **row,
+    )
+    return token.cpu().numpy(), logprob.cpu().numpy()
 
 
 def draw_token(logits, uniform, *, temperature: float, step: int | None = None, block: int = draw_token_triton.BLOCK):
