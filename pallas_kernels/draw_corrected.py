@@ -15,6 +15,8 @@ divides it by K only: 0.0026.)
 In a peaked distribution the probable tokens are among the candidates and Z is exact; in a flat one the errors of the others cancel.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
@@ -99,7 +101,7 @@ def reference(proposal, hidden, head, uniform, temperature, step):
     tokens, total = tokens_at(logits, None, numbers[:, :count])
     proposed = jnp.take_along_axis(logits, tokens, axis=-1)
     rows = head[tokens].astype(hidden.dtype)
-    how = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    how: dict[str, Any] = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     exact = jnp.einsum("mkd,md->mk", rows, hidden, **how) / temperature
 
     ratio = exact - proposed

@@ -41,6 +41,8 @@ from pallas_kernels.rope_cache import write as write_slot
 Attend = Callable[[Array], tuple[Array, Any]]
 """q, k and v of one layer as projected -> (attention output, whatever the caller keeps of k and v)."""
 
+PROPOSAL_HEAD = "proposal_head"
+"""The key, among the base's parameters in a rollout, of a rounded copy of the head (`Transformer.proposal_logits`)."""
 LAYER_INPUT = "layer_input"
 """What remat keeps of a layer, by its name for checkpoint policies."""
 OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -199,6 +201,11 @@ class Transformer(nn.Module):
         logits = matmul(hidden, self.head_weight(), out_dtype=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @nn.compact
+    def proposal_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The same by the rounded head that a rollout's copy brings (`PROPOSAL_HEAD`), without a soft-cap."""
+        return matmul(hidden, self._base()[PROPOSAL_HEAD], out_dtype=jnp.float32)
 
     @nn.compact
     def head_weight(self) -> Weight:

@@ -46,9 +46,10 @@ def lower_rollout(
         used = jax.eval_shape(lambda policy: decoded(model, {}, policy, config, (questions, width)), lora)
         base, lora, merged = bound(used, is_bound)
     else:
-        copy = plan_weights(model, base, config, (questions, width)).copy
-        shapes = jax.eval_shape(lambda base, lora: merge(model, base, lora, copy), base, lora) if copy else None
-        merged = bound(shapes, is_bound) if copy else None
+        plan = plan_weights(model, base, config, (questions, width))
+        form, head = plan.copy or "", plan.head
+        shapes = jax.eval_shape(lambda base, lora: merge(model, base, lora, form, head), base, lora) if form else None
+        merged = bound(shapes, is_bound) if form else None
     limits, size = row_limits, at_once(config, questions)
     if size < questions:
         keys = batch.row_keys(key, (questions, config.num_generations))

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32, PRNGKeyArray
 
+import pallas_kernels
 from jgrpo.config import RolloutConfig
-from jgrpo.models import KVCache, Transformer
-from jgrpo.rollout.sampling import Draw, draw
+from jgrpo.models import PROPOSAL_HEAD, KVCache, Transformer
+from jgrpo.rollout.sampling import Draw, draw, draw_by_proposal
 from jgrpo.rollout.types import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
 from jgrpo.rollout.weights import decoding_adapter, unrolls
 
@@ -138,11 +139,21 @@ def row_keys(key: PRNGKeyArray, rows: tuple[int, ...]) -> PRNGKeyArray:
     return jax.random.split(key, rows)
 
 
-def row_uniforms(key: PRNGKeyArray, rows: tuple[int, ...], tokens: int) -> Float32[Array, "tokens Q G"]:
-    """One number in [0, 1) for each token of each row, every row with its own key (`key` may be the rows' keys already)."""
+def row_uniforms(
+    key: PRNGKeyArray, rows: tuple[int, ...], tokens: int, draw: tuple[int, ...] = ()
+) -> Float32[Array, "tokens Q G *N"]:
+    """Numbers in [0, 1) for each token of each row, one or (`draw`, `numbers_a_draw`) an array of them.
+
+    Every row has its own key (`key` may be the rows' keys already).
+    """
     keys = key if key.shape == rows else row_keys(key, rows)
-    per_row = jax.vmap(jax.vmap(lambda row: jax.random.uniform(row, (tokens,))))(keys)
-    return jnp.moveaxis(per_row, -1, 0)
+    per_row = jax.vmap(jax.vmap(lambda row: jax.random.uniform(row, (tokens, *draw))))(keys)
+    return jnp.moveaxis(per_row, len(rows), 0)
+
+
+def numbers_a_draw(copies: Params | None) -> tuple[int, ...]:
+    """Shape of the random numbers of one draw, with the copies of weights that a rollout decodes with."""
+    return (pallas_kernels.numbers_a_token(),) if PROPOSAL_HEAD in (copies or {}) else ()
 
 
 def prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, slots: int) -> DecodeState:
@@ -161,7 +172,7 @@ def run_chunks(
     setup: Setup,
     variables: Params,
     state: DecodeState,
-    uniforms: Float32[Array, "T Q G"],
+    uniforms: Float32[Array, "T Q G *N"],
     buffers: Recorded,
     enough: Callable[[Int32[Array, "Q G"]], Bool[Array, ""]],
 ) -> tuple[DecodeState, Recorded]:
@@ -183,14 +194,13 @@ def run_chunks(
 
 
 def decode_chunk(
-    setup: Setup, variables: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
+    setup: Setup, variables: Params, state: DecodeState, uniforms: Float32[Array, "size Q G *N"]
 ) -> tuple[DecodeState, Recorded]:
     """`size` more tokens of every row; `variables` are `decoding_variables`, made once outside the loop."""
     decode = functools.partial(_apply, setup, "decode", variables, unroll=unrolls(setup.config))
 
     def step(state: DecodeState, index: Int32[Array, ""]) -> tuple[DecodeState, Array]:
-        logits = _apply(setup, "logits", variables, state.hidden)
-        recorded = _record(setup, state, _draw(setup.config, logits, uniforms, index))
+        recorded = _record(setup, state, _draw(setup, variables, state.hidden, uniforms, index))
         hidden, cache = decode(recorded.token, state.cache)
         remaining = jnp.where(recorded.stops, 0, jnp.maximum(state.remaining - 1, 0))
         return DecodeState(cache, hidden, remaining), recorded.pack()
@@ -209,13 +219,18 @@ def _apply(setup: Setup, method: str, variables: Params, *args: Any, **settings:
 
 
 def _draw(
-    config: RolloutConfig,
-    logits: Float32[Array, "Q G V"],
-    uniforms: Float32[Array, "size Q G"],
+    setup: Setup,
+    variables: Params,
+    hidden: Float[Array, "Q G D"],
+    uniforms: Float32[Array, "size Q G *N"],
     step: Int32[Array, ""],
 ) -> Draw:
+    config = setup.config
+    if PROPOSAL_HEAD in variables["params"]:
+        proposal, head = _apply(setup, "proposal_logits", variables, hidden), _apply(setup, "head_weight", variables)
+        return draw_by_proposal(proposal, hidden, head, uniforms, temperature=config.temperature, step=step)
     return draw(
-        logits,
+        _apply(setup, "logits", variables, hidden),
         uniforms,
         temperature=config.temperature,
         top_k=config.top_k,
