@@ -29,7 +29,7 @@ from pallas_kernels.gated_matmul import gated_matmul
 from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partial_sums, reads_permuted
 from pallas_kernels.rope_attention import NewTokens, rope_attention
 from pallas_kernels.rope_cache import rope_and_cache
-from pallas_kernels.rows import Rows, joined
+from pallas_kernels.rows import Rows, joined, unpermute_columns
 from pallas_kernels.token_logprobs import token_logprobs
 
 __all__ = [
@@ -65,4 +65,5 @@ __all__ = [
     "rope_and_cache",
     "rope_attention",
     "token_logprobs",
+    "unpermute_columns",
 ]

@@ -33,7 +33,7 @@ from jgrpo.models import PROPOSAL_HEAD, ModelConfig, Transformer
 from jgrpo.models.decoding import FOLLOWING_NORM, following_norms
 from jgrpo.quantization import LAYERS, Fast8Weight, MixedWeight, PackedWeight, dequantize, quantize_fast8
 from jgrpo.rollout.sampling import keeps_everything
-from pallas_kernels import LayerMatrices, LayerMatrix, dispatch, interleave_gate
+from pallas_kernels import LayerMatrices, LayerMatrix, dispatch, interleave_gate, unpermute_columns
 
 Params = Mapping[str, Any]
 
@@ -47,8 +47,8 @@ MANY_ROWS, LARGE_COPY = 128, 4e9
 On an H200 with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead."""
 COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
 """Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
-HEAD_BLOCK = 128
-"""Of a head in 8 bits: the kernel takes whole blocks of so many rows of weights."""
+HEAD_BLOCK, COLUMNS = 128, 16
+"""Of a head in 8 bits: the kernel takes whole blocks of so many rows of weights, and columns are reordered in so many."""
 MEMORY_SHARE = 0.6
 """Share of the device's memory that base, copy and cache may fill under auto; the update needs the rest."""
 
@@ -138,7 +138,7 @@ def has_proposal_head(model: Transformer, config: RolloutConfig, rows: int, pack
     whole = keeps_everything(shape.vocab_size, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
     if not whole or config.temperature == 0.0 or shape.logit_softcap is not None:
         return False
-    if packed or shape.vocab_size % HEAD_BLOCK or rows > dispatch.INT8_ROWS:
+    if packed or shape.vocab_size % HEAD_BLOCK or shape.hidden_size % COLUMNS or rows > dispatch.INT8_ROWS:
         return False
     size = shape.vocab_size, shape.hidden_size, copy_group(shape.hidden_size)
     has_kernel = pallas_kernels.has_int8_kernel(rows, *size, model.dtype, SCALE)
@@ -257,7 +257,7 @@ def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16", he
     bits, `PROPOSAL_HEAD`. Made a matrix at a time: beside the result there is never more than one of a layer in float32.
     """
     layers = _merge_layers(model, base, lora, copy)
-    return {**layers, PROPOSAL_HEAD: _in_8_bits(stored_head(base))} if head else layers
+    return {**layers, PROPOSAL_HEAD: _proposal_head(stored_head(base))} if head else layers
 
 
 def _merge_layers(model: Transformer, base: Params, lora: Params, copy: str) -> dict[str, Any]:
@@ -317,6 +317,11 @@ def _merge_one(
 
 
 @jax.jit
+def _proposal_head(head: Array) -> Fast8Weight:
+    """With its columns as `Transformer.proposal_logits` wants them, which stay in their groups."""
+    return _in_8_bits(unpermute_columns(head))
+
+
 def _in_8_bits(weight: Array) -> Fast8Weight:
     return quantize_fast8(weight, copy_group(weight.shape[-1]), SCALE)
 
