@@ -143,6 +143,28 @@ def check_draw(rng: np.random.Generator) -> float:
     return worst
 
 
+def check_draw_corrected(rng: np.random.Generator) -> float:
+    """Largest error of a log-probability, infinite where another token was drawn, of the rows without a number near a boundary."""
+    worst = 0.0
+    for m, vocab, width, temperature in [
+        (1, 7, 16, 1.0),
+        (33, 4097, 896, 0.7),
+        (64, 20_000, 1536, 1.0),
+        (8, 3000, 4096, 1.5),
+    ]:
+        hidden, head = normal(rng, m, width), jnp.bfloat16(rng.normal(0, 3 / width**0.5, (vocab, width)))
+        exact = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+        proposal = np.float32(exact + rng.normal(0, 0.1, exact.shape))
+        numbers = np.float32(rng.uniform(size=(m, pallas_kernels.numbers_a_token()))).clip(0, 1 - 2.0**-24)
+        how = dict(temperature=temperature, implementation="triton")
+        run = jax.jit(lambda *given, how=how: pallas_kernels.draw_corrected(*given, **how))
+        token, logprob = map(np.asarray, run(proposal, hidden, head, numbers))
+        want, want_logprob, clear = oracles.corrected_draw(proposal, hidden, head, numbers, temperature)
+        errors = np.where(token == want, np.abs(logprob - want_logprob), np.inf)
+        worst = max(worst, float(errors[clear].max()))
+    return worst
+
+
 def between_steps(m: int, width: int, parts: int, rng: np.random.Generator) -> list:
     """Calls of the operations between two products on random arguments, with permuted columns."""
     draw = partial(normal, rng)
@@ -160,5 +182,6 @@ CHECKS = {
     "partial_sums": check_partial_sums,
     "gated_matmul": check_gated,
     "draw": check_draw,
+    "draw_corrected": check_draw_corrected,
 }
 """Largest relative error by operation, of the draw an absolute one; each takes a random generator."""
