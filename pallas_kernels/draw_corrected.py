@@ -6,9 +6,9 @@ doi:10.1214/aos/1176325750, the independence chain), which starts at the first:
 
     r = (exact - proposed) / temperature            held = candidate with probability min(1, exp(r[candidate] - r[held]))
 
-Its tokens follow p = softmax(exact / temperature) up to an error that every further candidate divides by about 1 / max |r|: with
-logits off by 0.0075, q is off by 0.011 at its worst token, and K = 4 by 1e-8. (Resampling the candidates with weights exp(r)
-divides it by K only: 0.0026.)
+Its tokens follow p = softmax(exact / temperature) up to an error that every further candidate multiplies by about max |r|: with
+logits off by 0.0075 (six tokens, exact sums), q is off by 0.011 at its worst token, in log-probability, and K = 4 by 1e-8.
+Resampling the candidates with weights exp(r) leaves 1 / K of it, 0.0026.
 
     log-probability = exact / temperature - log Z        Z = Z of q + Σ of the distinct candidates (exp(exact / temperature) - exp(proposed / temperature))
 

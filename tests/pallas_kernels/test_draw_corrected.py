@@ -118,6 +118,7 @@ def test_rows_that_have_no_distribution(draw) -> None:
     np.testing.assert_array_equal(np.isnan(logprob), [True] * 6 + [False])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 def test_no_token_without_probability_is_drawn(draw) -> None:
     """Neither one that the proposal rules out nor one that the head does, while a candidate is left."""
     proposal, hidden, head, numbers = problem(64, 32, 16, 1.0, 0.1)
