@@ -135,7 +135,8 @@ class RolloutConfig:
     rollout_weights: Literal["int4", "int8", "bf16", "auto"] = "int4"
     """What decodes: the base as stored plus the adapter (int4), or a copy with the adapter merged in, made for each rollout: in
     the compute dtype (bf16), faster with many rows, or in 8 bits (int8), half its memory and on a Hopper GPU faster with few
-    rows, a little further from the trainer's log-probabilities. auto: by rows, size and memory."""
+    rows, a little further from the trainer's log-probabilities. Where nothing is truncated it has the head in 8 bits beside the
+    stored one, which corrects the draw. auto: by rows, size and memory."""
     compaction: bool = True
     """Go on with fewer rows once most completions have ended, so that a long tail doesn't cost what the whole batch costs."""
     decode_layers: Literal["auto", "loop", "unrolled"] = "auto"

@@ -24,6 +24,7 @@ from pallas_kernels.decode_layers import (
     layer_counter,
 )
 from pallas_kernels.dense_matmul import dense_partial_sums
+from pallas_kernels.draw_corrected import draw_corrected, draw_corrected_and_record, numbers_a_token
 from pallas_kernels.draw_token import draw_and_record, draw_token
 from pallas_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pallas_kernels.gated_matmul import gated_matmul
@@ -31,7 +32,7 @@ from pallas_kernels.int4_matmul import has_int8_kernel, int4_matmul, int4_partia
 from pallas_kernels.merge_layer import Source, merge_layer, put_layer
 from pallas_kernels.rope_attention import NewTokens, rope_attention
 from pallas_kernels.rope_cache import rope_and_cache
-from pallas_kernels.rows import Rows, joined
+from pallas_kernels.rows import Rows, joined, unpermute_columns
 from pallas_kernels.token_logprobs import token_logprobs
 
 __all__ = [
@@ -57,6 +58,8 @@ __all__ = [
     "dense_partial_sums",
     "dequantize",
     "draw_and_record",
+    "draw_corrected",
+    "draw_corrected_and_record",
     "draw_token",
     "first_qkv",
     "gated_activation",
@@ -69,6 +72,7 @@ __all__ = [
     "joined",
     "layer_counter",
     "merge_layer",
+    "numbers_a_token",
     "put_layer",
     "reads_permuted",
     "record",
@@ -76,4 +80,5 @@ __all__ = [
     "rope_and_cache",
     "rope_attention",
     "token_logprobs",
+    "unpermute_columns",
 ]

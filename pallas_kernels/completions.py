@@ -60,3 +60,10 @@ def record(
     entry = pack(token, logprob, log_kept, live, stops)
     packed = lax.dynamic_update_index_in_dim(completions.packed, entry, step, 0)
     return token, Completions(packed, jnp.where(stops, 0, jnp.maximum(completions.remaining - 1, 0)))
+
+
+def check_shapes(name: str, completions: Completions, steps: int, rows: int) -> None:
+    """Raise a ValueError in the name of an operation unless these are the completions of so many steps and rows."""
+    want, got = ((steps, 4, rows), (rows,)), (completions.packed.shape, completions.remaining.shape)
+    if got != want:
+        raise ValueError(f"{name}: completions must be {want[0]} and {want[1]}, got {got[0]} and {got[1]}")

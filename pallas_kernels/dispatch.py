@@ -312,6 +312,15 @@ def draw_token_problem(device: Device, dtype) -> str | None:
     return None if jnp.dtype(dtype) == jnp.float32 else f"it reads float32 logits, got {jnp.dtype(dtype).name}"
 
 
+def draw_corrected_problem(device: Device, proposal_dtype, dtype, head_dtype, candidates: int) -> str | None:
+    """Why the kernels that draw by a proposal cannot run with hidden states of `dtype`; None when they can: two launches."""
+    if problem := draw_token_problem(device, proposal_dtype) or _triton_problem(device, dtype):
+        return problem
+    if jnp.dtype(head_dtype) != jnp.dtype(dtype):
+        return f"the head must have the hidden states' type, got {jnp.dtype(head_dtype).name}"
+    return f"candidates must be a power of two, got {candidates}" if candidates & (candidates - 1) else None
+
+
 def resolve(op: str, implementation: str | None, chosen: str, problem: str | None) -> str:
     """`chosen` unless `implementation` names another one.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.completions import Completions, Ends, record
+from pallas_kernels.completions import Completions, Ends, check_shapes, record
 from pallas_kernels.inverse_cdf import draw_kept
 from pallas_kernels.reference import take_layer
 
@@ -58,10 +58,7 @@ def draw_and_record(
     (The tokens, of rows that are done the pad token, and the completions.) Arguments and errors are those of the two.
     """
     _check_arguments("draw_and_record", logits, uniform, temperature, step)
-    want = (len(uniform), 4, len(logits)), (len(logits),)
-    if (completions.packed.shape, completions.remaining.shape) != want:
-        got = f"{completions.packed.shape} and {completions.remaining.shape}"
-        raise ValueError(f"draw_and_record: completions must be {want[0]} and {want[1]}, got {got}")
+    check_shapes("draw_and_record", completions, len(uniform), len(logits))
     if _chosen("draw_and_record", implementation, logits.dtype) == dispatch.TRITON:
         from pallas_kernels.draw_token_triton import draw_and_record as fused
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.completions import Completions, Ends
+from pallas_kernels.completions_triton import Recording, no_recording, record_token, recording
 
 BLOCK, WARPS = 2048, 4
 """Logits of a block, and warps of a program. A thread has four loads of 16 bytes in flight, and 64 rows of 128,256 or 151,936 logits are
@@ -84,8 +85,7 @@ def find_token_kernel(
 ):
     """Row program_id(0), from the statistics of its BLOCKS blocks. STEPS: there are numbers of many steps.
 
-    RECORD: the token goes into the record, which is `packed_ptr` and `packed_out_ptr` at once, STOPS of them end the row, and
-    a row that has ended leaves PAD.
+    RECORD: the token goes into the record, which is `packed_ptr` and `packed_out_ptr` at once (`record_token`).
     """
     row = tl.program_id(0)
     block = tl.arange(0, BLOCKS_PAD)
@@ -95,7 +95,7 @@ def find_token_kernel(
     step = tl.load(step_ptr) if STEPS else 0
     uniform = tl.load(uniform_ptr + step * M + row)
     if RECORD:
-        # In front of the reductions, whose barriers all warps pass before one overwrites it.
+        # In front of the reductions: `record_token` overwrites it.
         remaining = tl.load(remaining_ptr + row)
     largest = tl.max(highest, axis=0)
     weights = sums * tl.exp2((highest - largest) * SCALE)
@@ -111,18 +111,9 @@ def find_token_kernel(
     logit = tl.load(start + token)
     logprob = (logit - largest) * INVERSE_TEMPERATURE - tl.log(mass)
     if RECORD:
-        live = remaining > 0
-        stops = remaining < 0
-        for stop in tl.static_range(STOPS):
-            stops |= live & (token == tl.load(stops_ptr + stop))
-        token = tl.where(live, token, PAD)
-        logprob = tl.where(live, logprob, 0.0)
-        entry = packed_out_ptr + step * 4 * M + row
-        tl.store(entry, token)
-        tl.store(entry + M, logprob.to(tl.int32, bitcast=True))
-        tl.store(entry + 2 * M, 0)
-        tl.store(entry + 3 * M, live.to(tl.int32) + 2 * stops.to(tl.int32))
-        tl.store(remaining_out_ptr + row, tl.where(stops, 0, tl.maximum(remaining - 1, 0)))
+        token, logprob = record_token(
+            token, logprob, row, step, remaining, stops_ptr, remaining_out_ptr, packed_out_ptr, M, STOPS, PAD
+        )
     tl.store(token_ptr + row, token)
     tl.store(logprob_ptr + row, logprob)
 
@@ -136,51 +127,50 @@ def kernel_constants(rows: int, vocab: int, temperature: float, block: int = BLO
 
 def draw_token(logits, uniform, temperature: float, step, block: int = BLOCK, warps: int = WARPS):
     """Launch the kernels; the first four arguments are those of `pallas_kernels.draw_token`."""
-    unused = [jax.ShapeDtypeStruct((16,), jnp.int32)] * 2
-    token, logprob, *_ = _launch(logits, uniform, temperature, step, (logits,) * 3, unused, {}, (0, 0), block, warps)
+    token, logprob, *_ = _launch(logits, uniform, temperature, step, no_recording(logits), block, warps)
     return token, logprob
 
 
 def draw_and_record(logits, uniform, completions: Completions, temperature: float, step, ends: Ends):
     """Launch the kernels; the arguments are those of `pallas_kernels.draw_and_record`."""
-    stops = jnp.asarray(ends.stop_ids or (0,), jnp.int32)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (completions.remaining, completions.packed)]
-    given, aliases = (completions.remaining, completions.packed, stops), {5: 2, 6: 3}
-    how = (given, shapes, aliases, (len(ends.stop_ids), ends.pad_id))
-    token, _, remaining, packed = _launch(logits, uniform, temperature, step, *how, BLOCK, WARPS)
+    how = recording(completions, ends, arguments=5)
+    token, _, remaining, packed = _launch(logits, uniform, temperature, step, how, BLOCK, WARPS)
     return token, Completions(packed, remaining)
 
 
-def _launch(logits, uniform, temperature, step, record, outputs, aliases: dict, ends: tuple[int, int], block, warps):
-    """(token, log-probability, `outputs`); `record` are the find kernel's arguments between the step and its outputs."""
+def _launch(logits, uniform, temperature, step, record: Recording, block: int, warps: int):
+    """(token, log-probability, the record's outputs)"""
     from pallas_kernels.triton_launch import triton_call
 
     rows, vocab = logits.shape
     shared, row = kernel_constants(rows, vocab, temperature, block)
-    statistic = jax.ShapeDtypeStruct((rows, shared["BLOCKS"]), jnp.float32)
-    highest, sums = triton_call(
+    return triton_call(
+        logits,
+        *block_sums(logits, shared, warps),
+        uniform,
+        0 if step is None else step,
+        *record.arguments,
+        kernel=find_token_kernel,
+        out_shape=[*(jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32)), *record.outputs],
+        grid=(rows,),
+        num_warps=warps,
+        input_output_aliases=record.aliases,
+        STEPS=step is not None,
+        **record.constants,
+        **row,
+    )
+
+
+def block_sums(logits, shared: dict, warps: int = WARPS):
+    """Launch the first kernel: (largest logit, sum of weights) of every block, `[M, blocks]`; `shared` are `kernel_constants`' first."""
+    from pallas_kernels.triton_launch import triton_call
+
+    statistic = jax.ShapeDtypeStruct((len(logits), shared["BLOCKS"]), jnp.float32)
+    return triton_call(
         logits,
         kernel=block_sums_kernel,
         out_shape=[statistic, statistic],
-        grid=(rows * shared["BLOCKS"],),
+        grid=(len(logits) * shared["BLOCKS"],),
         num_warps=warps,
         **shared,
-    )
-    return triton_call(
-        logits,
-        highest,
-        sums,
-        uniform,
-        0 if step is None else step,
-        *record,
-        kernel=find_token_kernel,
-        out_shape=[*(jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32)), *outputs],
-        grid=(rows,),
-        num_warps=warps,
-        input_output_aliases=aliases,
-        STEPS=step is not None,
-        RECORD=bool(aliases),
-        STOPS=ends[0],
-        PAD=ends[1],
-        **row,
     )

@@ -62,12 +62,13 @@ def int4_partial_sums(
     layer: Int[Array, ""] | int | None = None,
     xa: Float[Array, "*P M R"] | None = None,
     lora_b: Float[Array, "*L N R"] | None = None,
+    out_dtype=None,
     implementation: str | None = None,
     code: str = "int4",
 ) -> Float[Array, "S M N"]:
     """`int4_matmul` as the partial sums that the kernel leaves, for a consumer that adds them; not differentiable.
 
-    float32 where the kernel splits K, else one part in the rows' dtype. Arguments and errors are those of `int4_matmul`,
+    float32 where the kernel splits K, else one part in `out_dtype`. Arguments and errors are those of `int4_matmul`,
     except that `rows` may bring their permuted columns along (without them, an operation of its own permutes them) and that
     `xa` may come as partial sums.
     """
@@ -77,16 +78,16 @@ def int4_partial_sums(
     if rows.permuted is not None and rows.permuted.shape != x.shape:
         raise ValueError(f"int4_partial_sums: permuted rows must be {x.shape}, got {rows.permuted.shape}")
     layer = layer if layer is None or isinstance(layer, int) else jnp.asarray(layer, jnp.int32)
-    chosen = _implementation(x, packed, scales, code, implementation)
+    chosen, out_dtype = _implementation(x, packed, scales, code, implementation), jnp.dtype(out_dtype or x.dtype)
     if chosen == dispatch.MOSAIC:
-        return _int8_partial_sums(rows, packed, scales, layer, xa, lora_b, x.dtype, code)
+        return _int8_partial_sums(rows, packed, scales, layer, xa, lora_b, out_dtype, code)
     if chosen == dispatch.TRITON:
         from pallas_kernels.int4_matmul_triton import partial_sums
 
-        return partial_sums(x, rows.permuted, packed, scales, layer, xa, lora_b, x.dtype)
+        return partial_sums(x, rows.permuted, packed, scales, layer, xa, lora_b, out_dtype)
     b = None if lora_b is None else _lora_layer(lora_b, layer)
     xa = None if parts is None else joined(parts, x.dtype)
-    return _many_rows(chosen)(x, packed, scales, layer, xa, b, x.dtype, code)[None]
+    return _many_rows(chosen)(x, packed, scales, layer, xa, b, out_dtype, code)[None]
 
 
 def reads_permuted(

@@ -41,20 +41,31 @@ def draw_kept(
     -inf gives token 0 with log-probability NaN.
     """
 
-    def kept(values: Float32[Array, "... N"]) -> Float32[Array, "... N"]:
-        return values if threshold is None else jnp.where(values >= threshold[..., None], values, -jnp.inf)
-
-    vocab, width = logits.shape[-1], block_width(logits)
-    highest, sums = _block_sums(kept(logits))
-    total = Total(*_reduce_pairs(highest, sums))
-    weights = sums * jnp.exp(highest - total.largest[..., None])
-    block, target = _quantile(weights, uniform * total.mass)
-    tokens = block[..., None] * width + jnp.arange(width)
-    inside = kept(jnp.take_along_axis(logits, jnp.minimum(tokens, vocab - 1), axis=-1))
-    offset, _ = _quantile(jnp.where(tokens < vocab, jnp.exp(inside - total.largest[..., None]), 0.0), target)
-    token = jnp.where(jnp.isnan(total.mass), 0, block * width + offset)
+    tokens, total = tokens_at(logits, threshold, uniform[..., None])
+    token = jnp.where(jnp.isnan(total.mass), 0, tokens[..., 0])
     logit = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return token, logit - total.largest - jnp.log(total.mass), total
+
+
+def tokens_at(
+    logits: Float32[Array, "... V"], threshold: Float32[Array, "..."] | None, uniform: Float32[Array, "... N"]
+) -> tuple[Int32[Array, "... N"], Total]:
+    """(tokens at the quantiles `uniform`, N of every row; total) of what is kept. Where the total is NaN the tokens mean nothing."""
+
+    def kept(values: Float32[Array, "... N W"]) -> Float32[Array, "... N W"]:
+        return values if threshold is None else jnp.where(values >= threshold[..., None, None], values, -jnp.inf)
+
+    vocab, width = logits.shape[-1], block_width(logits)
+    one = logits[..., None, :]
+    highest, sums = _block_sums(kept(one))
+    total = Total(*(part[..., 0] for part in _reduce_pairs(highest, sums)))
+    weights = sums * jnp.exp(highest - total.largest[..., None, None])
+    block, target = _quantile(weights, uniform * total.mass[..., None])
+    places = block[..., None] * width + jnp.arange(width)
+    inside = kept(jnp.take_along_axis(one, jnp.minimum(places, vocab - 1), axis=-1))
+    relative = jnp.exp(inside - total.largest[..., None, None])
+    offset, _ = _quantile(jnp.where(places < vocab, relative, 0.0), target)
+    return block * width + offset, total
 
 
 def block_width(logits: Float32[Array, "... V"]) -> int:

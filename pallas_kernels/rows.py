@@ -28,6 +28,12 @@ def permute_columns(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
     return x.reshape(m, k // 16, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(m, k)
 
 
+def unpermute_columns(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
+    """`permute_columns` undone."""
+    m, k = x.shape
+    return x.reshape(m, k // 16, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(m, k)
+
+
 def as_rows(x: Float[Array, "M K"], permuted: bool) -> Rows:
     """Both orders of the columns, or the plain one."""
     return Rows(x, permute_columns(x) if permuted else None)

@@ -378,6 +378,37 @@ def bench_draw(blocks, rates, report) -> None:
         report(op="draw", shape=shape, rows=m, bound=bound, bytes=moved, flops=0, chosen=times["triton"], **times)
 
 
+def bench_draw_corrected(rates, report) -> None:
+    """A token by a proposal, of several arrays of logits in turn, with a head of 1,536 columns; XLA's form beside it."""
+
+    def step(uniform, layer, hidden, head, *logits, draw):
+        rows, uniform = lax.optimization_barrier((logits[layer], uniform))  # else sums of blocks leave the loop
+        token, logprob = draw(rows, hidden, head, uniform)
+        return uniform + (token + logprob)[:, None]
+
+    width, numbers = 1536, pallas_kernels.numbers_a_token()
+    draws = {
+        name: partial(pallas_kernels.draw_corrected, temperature=1.0, implementation=name)
+        for name in ("triton", "reference")
+    }
+    for vocabulary, m in [(vocabulary, m) for vocabulary in VOCABULARIES for m in DRAW_ROWS]:
+        moved = 4 * m * vocabulary + 2 * (numbers + 1) // 2 * m * width
+        layers = int(max(2, min(28, STACK_BYTES // moved)))
+        keys = jax.random.split(jax.random.key(m), layers + 3)
+        uniform = jax.random.uniform(keys[0], (m, numbers))
+        hidden = jax.random.normal(keys[1], (m, width), jnp.bfloat16)
+        head = jax.random.normal(keys[2], (vocabulary, width), jnp.bfloat16) / width**0.5
+        logits = [3 * jax.random.normal(key, (m, vocabulary)) for key in keys[3:]]
+        times = {
+            name: microseconds(partial(step, draw=draw), uniform, layers, hidden, head, *logits)
+            for name, draw in draws.items()
+        }
+        bound, shape = moved / rates[0] * 1e6, f"vocabulary {vocabulary}, head of {width}"
+        report(
+            op="draw_corrected", shape=shape, rows=m, bound=bound, bytes=moved, flops=0, chosen=times["triton"], **times
+        )
+
+
 def table(rows: list[dict]) -> str:
     """The measurements as aligned text."""
     lines = [
@@ -469,6 +500,7 @@ def main(arguments: list[str]) -> None:
         bench_logprobs(rates, report)
     if "draw" in options.op:
         bench_draw(options.draw_blocks, rates, report)
+        bench_draw_corrected(rates, report)
     print(table(rows))
 
 

@@ -49,7 +49,7 @@ from jgrpo.config import LINEAR_MODULES, LoraConfig, RolloutConfig
 from jgrpo.lora import init_lora, module_shapes
 from jgrpo.models import ModelConfig, Transformer
 from jgrpo.rollout import Prompts, Rollout, generate
-from jgrpo.rollout.weights import cache_bytes, merged_bytes, plan_weights
+from jgrpo.rollout.weights import WeightsPlan, cache_bytes, merged_bytes, plan_weights
 from jgrpo.training.forward import logprob_chunk, rows_of, token_logprobs
 
 MEASURED = {"H200": (4.3, 790.0)}
@@ -243,9 +243,9 @@ class Workload:
     def report(self, case: Case, lengths: np.ndarray, seconds: float) -> dict:
         tokens, steps = int(lengths.sum()), int(lengths.max())
         prompts = (case.prompts, self.args.prompt_len)
-        copy = plan_weights(self.model, self.base, self.sampling(case), prompts).copy
-        bound = self.bound(case, lengths, copy, 0 if copy else self.args.lora_rank)
-        int4_bound = self.bound(case, lengths, None, 0)
+        plan = plan_weights(self.model, self.base, self.sampling(case), prompts)
+        bound = self.bound(case, lengths, plan, 0 if plan.copy else self.args.lora_rank)
+        int4_bound = self.bound(case, lengths, WeightsPlan(None, ""), 0)
         return {
             "sequences": lengths.size,
             "tokens": tokens,
@@ -260,10 +260,10 @@ class Workload:
             "int4_fraction": int4_bound and round(int4_bound / seconds, 3),
         }
 
-    def bound(self, case: Case, lengths: np.ndarray, copy: str | None, rank: int) -> float | None:
+    def bound(self, case: Case, lengths: np.ndarray, plan: WeightsPlan, rank: int) -> float | None:
         """Seconds that bytes and operations of the decode take at least; None on a device that was not measured.
 
-        With a merged copy of that form or (None) the base as it is stored, and an adapter of that rank beside it.
+        With the merged copy of the plan or the base as it is stored, and an adapter of that rank beside it.
         """
         bandwidth, tflops = device_speed(self.args)
         if bandwidth is None or tflops is None:
@@ -271,7 +271,7 @@ class Workload:
         config, args = self.config, self.args
         adapter = adapter_parameters(config, rank)
         kv_token = cache_bytes(self.model, dataclasses.replace(self.sampling(case), num_generations=0), (1, 1))
-        weights = step_weight_bytes(self.base, merged_bytes(self.model, copy) if copy else None)
+        weights = step_weight_bytes(self.model, self.base, plan)
         weights += adapter * jnp.dtype(args.dtype).itemsize
         parameters = linear_parameters(config) + config.vocab_size * config.hidden_size + adapter
         step = np.arange(lengths.max())
@@ -294,15 +294,13 @@ def adapter_parameters(config: ModelConfig, rank: int) -> int:
     return config.num_layers * rank * sum(sum(shapes[name]) for name in LINEAR_MODULES)
 
 
-def step_weight_bytes(base: dict, layers: int | None) -> int:
-    """Bytes of the weights that a step reads whole: all but an embedding that is not the head as well.
-
-    `layers` is the size of a copy that stands for the base's layers.
-    """
-    left_out = {"embed"} if "head" in base else set()
-    left_out |= set() if layers is None else {"layers"}
+def step_weight_bytes(model: Transformer, base: dict, plan: WeightsPlan) -> int:
+    """Bytes of the weights that a step reads whole: all but an embedding that is not the head as well; of what a copy has, the copy's."""
+    left_out = {"embed"} if "head" in base or plan.head else set()
+    left_out |= ({"layers"} if plan.copy else set()) | ({"head"} if plan.head else set())
     leaves = {name: part for name, part in base.items() if name not in left_out}
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves)) + (layers or 0)
+    copied = merged_bytes(model, plan.copy, plan.head) if plan.copy else 0
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves)) + copied
 
 
 @contextlib.contextmanager

@@ -144,18 +144,25 @@ def check_draw(rng: np.random.Generator) -> float:
 
 
 def check_record(rng: np.random.Generator) -> float:
-    """Entries of the record that are not those of the twin, of tokens that `draw_token`'s kernel draws."""
+    """Entries of the record that are not those of the twin, of tokens that the kernels of `draw_token` and of `draw_corrected` draw."""
     logits, uniform = jnp.asarray(rng.normal(size=(70, 5000)), jnp.float32), jnp.float32(rng.uniform(size=(3, 70)))
     before, remaining = rng.integers(0, 9, (3, 4, 70), np.int32), rng.integers(0, 3, 70, np.int32)
     completions, ends = Completions(jnp.asarray(before), jnp.asarray(remaining)), Ends(tuple(range(0, 5000, 7)), 11)
-    how = dict(temperature=0.9, implementation="triton")
-    step = jnp.int32(1)
-    token, logprob = jax.jit(partial(pallas_kernels.draw_token, **how))(logits, uniform, step=step)
-    got = jax.jit(partial(pallas_kernels.draw_and_record, ends=ends, **how))(logits, uniform, completions, step=step)
-    want = pallas_kernels.record(completions, 1, ends, token, logprob, jnp.zeros_like(logprob))
-    return float(
-        sum(np.sum(np.asarray(a) != b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
-    )
+    how, step = dict(temperature=0.9, implementation="triton"), jnp.int32(1)
+    hidden, head = normal(rng, 70, 896), normal(rng, 5000, 896) / 30
+    proposal = jnp.matmul(hidden, head.T, preferred_element_type=jnp.float32)
+    numbers = jnp.float32(rng.uniform(size=(3, 70, pallas_kernels.numbers_a_token())))
+    wrong = 0
+    for draw, draw_and_record, given in [
+        (pallas_kernels.draw_token, pallas_kernels.draw_and_record, (logits, uniform)),
+        (pallas_kernels.draw_corrected, pallas_kernels.draw_corrected_and_record, (proposal, hidden, head, numbers)),
+    ]:
+        token, logprob = jax.jit(partial(draw, **how))(*given, step=step)
+        got = jax.jit(partial(draw_and_record, ends=ends, **how))(*given, completions, step=step)
+        want = pallas_kernels.record(completions, 1, ends, token, logprob, jnp.zeros_like(logprob))
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+        wrong += sum(np.sum(np.asarray(a) != b) for a, b in pairs)
+    return float(wrong)
 
 
 def check_begin_step(rng: np.random.Generator) -> float:
@@ -192,6 +199,27 @@ def check_merge_layer(rng: np.random.Generator) -> float:
             parts = [pallas_kernels.dequantize(made.packed[i], made.scales[i].T, jnp.float32, "fast8") for i in (0, 1)]
             weights.append(np.concatenate(parts))
         worst = max(worst, oracles.relative_error(*weights))
+
+
+def check_draw_corrected(rng: np.random.Generator) -> float:
+    """Largest error of a log-probability, infinite where another token was drawn, of the rows without a number near a boundary."""
+    worst = 0.0
+    for m, vocab, width, temperature in [
+        (1, 7, 16, 1.0),
+        (33, 4097, 896, 0.7),
+        (64, 20_000, 1536, 1.0),
+        (8, 3000, 4096, 1.5),
+    ]:
+        hidden, head = normal(rng, m, width), jnp.bfloat16(rng.normal(0, 3 / width**0.5, (vocab, width)))
+        exact = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+        proposal = np.float32(exact + rng.normal(0, 0.1, exact.shape))
+        numbers = np.float32(rng.uniform(size=(m, pallas_kernels.numbers_a_token()))).clip(0, 1 - 2.0**-24)
+        how = dict(temperature=temperature, implementation="triton")
+        run = jax.jit(lambda *given, how=how: pallas_kernels.draw_corrected(*given, **how))
+        token, logprob = map(np.asarray, run(proposal, hidden, head, numbers))
+        want, want_logprob, clear = oracles.corrected_draw(proposal, hidden, head, numbers, temperature)
+        errors = np.where(token == want, np.abs(logprob - want_logprob), np.inf)
+        worst = max(worst, float(errors[clear].max()))
     return worst
 
 
@@ -215,5 +243,6 @@ CHECKS = {
     "record": check_record,
     "begin_step": check_begin_step,
     "merge_layer": check_merge_layer,
+    "draw_corrected": check_draw_corrected,
 }
 """Largest relative error by operation, of the draw an absolute one, of the record a count; each takes a random generator."""

@@ -16,8 +16,9 @@ from jgrpo.cli import resolve_config
 from jgrpo.config import LINEAR_MODULES, TrainConfig
 from jgrpo.errors import UserError
 from jgrpo.lora import WEIGHTS, init_lora
-from jgrpo.models import KVCache, ModelConfig, Transformer, base_shapes
+from jgrpo.models import PROPOSAL_HEAD, KVCache, ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
+from jgrpo.rollout.weights import decoded
 from jgrpo.settings import flatten
 from jgrpo.training import TrainState
 from jgrpo.training.algorithms import ALGORITHMS
@@ -162,6 +163,25 @@ def test_all_weights_are_counted():
     synced = config(lora=None, quantization="none", beta=0.1, reference_sync_steps=4)
     plan = plan_memory(synced, SHAPE, jnp.bfloat16, 64, True)
     assert (plan.base, plan.adapter) == (0, 8 * parameters)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"skip_modules": ()}, {"top_p": 0.9}, {"lora": None, "quantization": "none"}],
+    ids=["adapter", "packed head", "top-p", "all weights"],
+)
+def test_what_decodes_is_counted(values, form):
+    """Of all weights, what is cast beside the matrices too; of a copy in 8 bits the head that proposes tokens."""
+    chosen = config(rollout_weights=form, **values)
+    model, trained = Transformer(SHAPE, chosen.lora, jnp.bfloat16), _base_and_trained(chosen)
+    made = jax.eval_shape(lambda *weights: decoded(model, *weights, chosen.rollout, (4, PROMPT)), *trained)
+    has_head = form == "int8" and not {"skip_modules", "top_p"} & values.keys()
+    assert (PROPOSAL_HEAD in made.merged) == has_head
+    cast = [leaf for leaf in jax.tree.leaves(made.base) if leaf.dtype == jnp.bfloat16 and chosen.lora.is_full]
+    copies = sum(leaf.size * leaf.dtype.itemsize for leaf in [*jax.tree.leaves(made.merged), *cast])
+    plan = plan_memory(chosen, SHAPE, jnp.bfloat16, PROMPT, cudnn=True)
+    assert plan.sampling == 2 * 16 * SHAPE.vocab_size * 4 + copies
 
 
 def qwen(tmp_path, **values):

@@ -3,6 +3,15 @@
 from jgrpo.models.cache import KVCache
 from jgrpo.models.config import ModelConfig, RopeConfig, model_config_from_hf
 from jgrpo.models.parameters import base_shapes, init_base
-from jgrpo.models.transformer import Transformer
+from jgrpo.models.transformer import PROPOSAL_HEAD, Transformer
 
-__all__ = ["KVCache", "ModelConfig", "RopeConfig", "Transformer", "base_shapes", "init_base", "model_config_from_hf"]
+__all__ = [
+    "PROPOSAL_HEAD",
+    "KVCache",
+    "ModelConfig",
+    "RopeConfig",
+    "Transformer",
+    "base_shapes",
+    "init_base",
+    "model_config_from_hf",
+]

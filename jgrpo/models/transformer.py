@@ -35,12 +35,24 @@ from jgrpo.models.parameters import init_base
 from jgrpo.models.rope import apply_rope, check_positions, inverse_frequencies, rope_tables
 from jgrpo.models.shared_prompt import SharedPrompt
 from jgrpo.quantization import LAYERS, MixedWeight, Weight, embed, matmul
-from pallas_kernels import ACTIVATIONS, BegunStep, NewTokens, Positions, Rotations, Rows, joined, rms_norm
+from pallas_kernels import (
+    ACTIVATIONS,
+    BegunStep,
+    NewTokens,
+    Positions,
+    Rotations,
+    Rows,
+    joined,
+    rms_norm,
+    unpermute_columns,
+)
 from pallas_kernels.rope_cache import write as write_slot
 
 Attend = Callable[[Array], tuple[Array, Any]]
 """q, k and v of one layer as projected -> (attention output, whatever the caller keeps of k and v)."""
 
+PROPOSAL_HEAD = "proposal_head"
+"""The key, among the base's parameters in a rollout, of a copy of the head in 8 bits (`Transformer.proposal_logits`)."""
 LAYER_INPUT = "layer_input"
 """What remat keeps of a layer, by its name for checkpoint policies."""
 OFFLOAD_LAYER_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -203,6 +215,17 @@ class Transformer(nn.Module):
         logits = matmul(hidden, self.head_weight(), out_dtype=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @nn.compact
+    def proposal_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The same by the head in 8 bits that a rollout's copy brings (`PROPOSAL_HEAD`), without a soft-cap.
+
+        Its columns are laid out so that the kernel which reads rows in another order of columns takes these as they are.
+        """
+        head, rows = self._base()[PROPOSAL_HEAD], hidden.reshape(-1, hidden.shape[-1])
+        given = Rows(unpermute_columns(rows), permuted=rows)
+        parts = pallas_kernels.int4_partial_sums(given, head.packed, head.scales, code=head.code, out_dtype=jnp.float32)
+        return joined(parts, jnp.float32).reshape(*hidden.shape[:-1], -1)
 
     @nn.compact
     def head_weight(self) -> Weight:

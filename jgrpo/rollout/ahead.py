@@ -15,11 +15,11 @@ from jaxtyping import PRNGKeyArray
 
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS
-from jgrpo.models import Transformer
+from jgrpo.models import PROPOSAL_HEAD, Transformer
 from jgrpo.rollout import batch, compaction
 from jgrpo.rollout.sampler import Setup
 from jgrpo.rollout.types import Prompts
-from jgrpo.rollout.weights import at_once, decoded, merge, plan_weights
+from jgrpo.rollout.weights import at_once, decoded, merge, plan_weights, stored_head
 
 Params = Mapping[str, Any]
 
@@ -46,9 +46,13 @@ def lower_rollout(
         used = jax.eval_shape(lambda policy: decoded(model, {}, policy, config, (questions, width)), lora)
         base, lora, merged = bound(used, is_bound)
     else:
-        copy = plan_weights(model, base, config, (questions, width)).copy
-        shapes = jax.eval_shape(lambda base, lora: merge(model, base, lora, copy), base, lora) if copy else None
-        merged = bound(shapes, is_bound) if copy else None
+        plan = plan_weights(model, base, config, (questions, width))
+        merged = None
+        if (form := plan.copy) is not None:
+            shapes = jax.eval_shape(lambda base, lora: merge(model, base, lora, form, plan.head), base, lora)
+            merged = bound(shapes, is_bound)
+            if plan.head:  # which no adapter binds
+                merged[PROPOSAL_HEAD] = bound(shapes[PROPOSAL_HEAD], stored_head(base).committed)
     limits, size = row_limits, at_once(config, questions)
     if size < questions:
         keys = batch.row_keys(key, (questions, config.num_generations))

@@ -20,6 +20,7 @@ from jgrpo.rollout.sampler import (
     Recorded,
     Setup,
     chunking,
+    numbers_a_draw,
     prefill,
     row_keys,
     row_uniforms,
@@ -147,22 +148,24 @@ def rollout_program(
     but JAX refuses it inside another `jit`, because it has compiler options (`DECODING`).
     """
     setup = Setup.create(model, config, eos_ids, pad_id)
-    stage = _begin(setup, base, lora, prompts, key, row_limits)
+    stage = _begin(setup, base, lora, merged, prompts, key, row_limits)
     positions = stage.state.cache.positions
     variables = decoding_variables(model, base, lora, merged, unrolls(config), positions)
     _, buffers = run_chunks(setup, variables, stage.state, stage.uniforms, stage.buffers, lambda _: jnp.asarray(False))
     return to_rollout(prompts, buffers, config.max_completion_length)
 
 
-def _begin(setup: Setup, base: Params, lora: Params, prompts: Prompts, key: PRNGKeyArray, row_limits: Any) -> Stage:
+def _begin(
+    setup: Setup, base: Params, lora: Params, merged: Any, prompts: Prompts, key: PRNGKeyArray, row_limits: Any
+) -> Stage:
     size, count = chunking(setup.config.max_completion_length)
     state = prefill(setup, base, lora, prompts, size * count)
     if row_limits is not None:
         state = dataclasses.replace(state, remaining=jnp.minimum(state.remaining, row_limits))
     shape = state.remaining.shape
-    uniforms = row_uniforms(key, shape, size * count)
+    uniforms = row_uniforms(key, shape, size * count, numbers_a_draw(merged))
     rows = jnp.arange(shape[0] * shape[1], dtype=jnp.int32).reshape(shape)
-    return Stage(state, uniforms, Recorded.empty(uniforms.shape, setup.pad_id), rows)
+    return Stage(state, uniforms, Recorded.empty((size * count, *shape), setup.pad_id), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "until"), compiler_options=DECODING)
@@ -176,7 +179,7 @@ def _first_stage(
     row_limits: Any,
     until: Bucket,
 ) -> Stage:
-    stage = _begin(setup, base, lora, prompts, key, row_limits)
+    stage = _begin(setup, base, lora, merged, prompts, key, row_limits)
     questions, group = stage.rows.shape
     return _run(setup, base, lora, merged, stage, until, (questions, group))
 

@@ -61,7 +61,7 @@ class Stage:
 
     state: DecodeState
     """Cache, hidden states and what remains of the rows."""
-    uniforms: Float32[Array, "T Q G"]
+    uniforms: Float32[Array, "T Q G *N"]
     """The rows' random numbers."""
     buffers: Recorded
     """Tokens `[T, Q, G]` drawn at this shape; empty elsewhere."""

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32, PRNGKeyArray
 
+import pallas_kernels
 from jgrpo.config import RolloutConfig
-from jgrpo.models import KVCache, Transformer
+from jgrpo.models import PROPOSAL_HEAD, KVCache, Transformer
 from jgrpo.rollout.sampling import draw_and_record
 from jgrpo.rollout.types import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
 from jgrpo.rollout.weights import decoding_adapter, step_constants, unrolls
@@ -140,11 +141,21 @@ def row_keys(key: PRNGKeyArray, rows: tuple[int, ...]) -> PRNGKeyArray:
     return jax.random.split(key, rows)
 
 
-def row_uniforms(key: PRNGKeyArray, rows: tuple[int, ...], tokens: int) -> Float32[Array, "tokens Q G"]:
-    """One number in [0, 1) for each token of each row, every row with its own key (`key` may be the rows' keys already)."""
+def row_uniforms(
+    key: PRNGKeyArray, rows: tuple[int, ...], tokens: int, draw: tuple[int, ...] = ()
+) -> Float32[Array, "tokens Q G *N"]:
+    """Numbers in [0, 1) for each token of each row, one or (`draw`, `numbers_a_draw`) an array of them.
+
+    Every row has its own key (`key` may be the rows' keys already).
+    """
     keys = key if key.shape == rows else row_keys(key, rows)
-    per_row = jax.vmap(jax.vmap(lambda row: jax.random.uniform(row, (tokens,))))(keys)
-    return jnp.moveaxis(per_row, -1, 0)
+    per_row = jax.vmap(jax.vmap(lambda row: jax.random.uniform(row, (tokens, *draw))))(keys)
+    return jnp.moveaxis(per_row, len(rows), 0)
+
+
+def numbers_a_draw(copies: Params | None) -> tuple[int, ...]:
+    """Shape of the random numbers of one draw, with the copies of weights that a rollout decodes with."""
+    return (pallas_kernels.numbers_a_token(),) if PROPOSAL_HEAD in (copies or {}) else ()
 
 
 def prefill(setup: Setup, base: Params, lora: Params, prompts: Prompts, slots: int) -> DecodeState:
@@ -163,7 +174,7 @@ def run_chunks(
     setup: Setup,
     variables: Params,
     state: DecodeState,
-    uniforms: Float32[Array, "T Q G"],
+    uniforms: Float32[Array, "T Q G *N"],
     buffers: Recorded,
     enough: Callable[[Int32[Array, "Q G"]], Bool[Array, ""]],
 ) -> tuple[DecodeState, Recorded]:
@@ -184,7 +195,7 @@ def run_chunks(
 
 
 def decode_chunk(
-    setup: Setup, variables: Params, state: DecodeState, uniforms: Float32[Array, "size Q G"]
+    setup: Setup, variables: Params, state: DecodeState, uniforms: Float32[Array, "size Q G *N"]
 ) -> tuple[DecodeState, Int32[Array, "size 4 M"]]:
     """`size` more tokens of every row, and what to keep of them; `variables` are `decoding_variables`, made once outside the loop.
 
@@ -195,8 +206,8 @@ def decode_chunk(
 
     def advance(step: Int32[Array, ""], carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, packed = carry
-        logits = _apply(setup, "logits", variables, state.hidden)
-        token, completions = _draw(setup, logits, uniforms, Completions(packed, state.remaining.reshape(-1)), step)
+        completions = Completions(packed, state.remaining.reshape(-1))
+        token, completions = _draw(setup, variables, state.hidden, uniforms, completions, step)
         hidden, cache = decode(token.reshape(shape), state.cache, step)
         return DecodeState(cache, hidden, completions.remaining.reshape(shape)), completions.packed
 
@@ -218,18 +229,24 @@ def _apply(setup: Setup, method: str, variables: Params, *args: Any, **settings:
 
 def _draw(
     setup: Setup,
-    logits: Float32[Array, "Q G V"],
-    uniforms: Float32[Array, "T Q G"],
+    variables: Params,
+    hidden: Float[Array, "Q G D"],
+    uniforms: Float32[Array, "T Q G *N"],
     completions: Completions,
     step: Int32[Array, ""],
 ) -> tuple[Int32[Array, " M"], Completions]:
-    config = setup.config
+    config, ends = setup.config, Ends(setup.stop_ids, setup.pad_id)
+    rows, numbers = hidden.reshape(-1, hidden.shape[-1]), uniforms.reshape(len(uniforms), -1, *uniforms.shape[3:])
+    if PROPOSAL_HEAD in variables["params"]:
+        proposal, head = _apply(setup, "proposal_logits", variables, rows), _apply(setup, "head_weight", variables)
+        given = (proposal, rows, head, numbers, completions)
+        return pallas_kernels.draw_corrected_and_record(*given, temperature=config.temperature, step=step, ends=ends)
     return draw_and_record(
-        logits.reshape(-1, logits.shape[-1]),
-        uniforms.reshape(len(uniforms), -1),
+        _apply(setup, "logits", variables, rows),
+        numbers,
         completions,
         step,
-        Ends(setup.stop_ids, setup.pad_id),
+        ends,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

@@ -9,7 +9,7 @@ With top-k the bisection reads only the k blocks of tokens that have the largest
 for k = 50 and 113 ms with top-p as well, and take it 16 and 24.
 
 A token is drawn by inverting the cumulative distribution from one uniform number a row (`pallas_kernels.draw_token` where nothing
-is truncated, the default; else `pallas_kernels/inverse_cdf.py`).
+is truncated, the default; else `pallas_kernels/inverse_cdf.py`). `pallas_kernels.draw_corrected` does the same by rounded logits and a correction.
 
 Two log-probabilities matter. `logprob` is that of the distribution which was drawn from, truncated and
 renormalised. A trainer computes log-softmax(logits / temperature) over the whole vocabulary, so `log_kept`,
@@ -65,7 +65,7 @@ def keep_threshold(
 
     `total` of the logits, where it is known, saves a read.
     """
-    if _keeps_everything(logits, top_k, top_p, min_p):
+    if keeps_everything(logits.shape[-1], top_k=top_k, top_p=top_p, min_p=min_p):
         return None
     total, threshold, above = total or total_of(logits), None, logits
     if 0 < top_k < logits.shape[-1]:
@@ -80,8 +80,9 @@ def keep_threshold(
     return jnp.minimum(threshold, total.largest)
 
 
-def _keeps_everything(logits: Float32[Array, "... V"], top_k: int, top_p: float, min_p: float) -> bool:
-    return not 0 < top_k < logits.shape[-1] and top_p >= 1.0 and min_p <= 0.0
+def keeps_everything(vocab: int, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> bool:
+    """Whether these settings truncate nothing."""
+    return not 0 < top_k < vocab and top_p >= 1.0 and min_p <= 0.0
 
 
 def draw(
@@ -101,7 +102,7 @@ def draw(
     logits = logits.astype(jnp.float32)
     if temperature == 0.0:
         return _greedy(logits)
-    if _keeps_everything(logits, top_k, top_p, min_p):
+    if keeps_everything(logits.shape[-1], top_k=top_k, top_p=top_p, min_p=min_p):
         return _from_all(logits, uniform, temperature)
     logits = logits / temperature
     total = total_of(logits)
@@ -127,7 +128,7 @@ def draw_and_record(
     The step goes by its number: a slice in front of a kernel would be copied, or fused with it by a computed address.
     """
     logits = logits.astype(jnp.float32)
-    if temperature != 0.0 and _keeps_everything(logits, top_k, top_p, min_p):
+    if temperature != 0.0 and keeps_everything(logits.shape[-1], top_k=top_k, top_p=top_p, min_p=min_p):
         return pallas_kernels.draw_and_record(
             logits, uniform, completions, temperature=temperature, step=step, ends=ends
         )

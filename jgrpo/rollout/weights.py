@@ -2,7 +2,9 @@
 
 Quantized weights are the smaller read, which is what counts with few rows; with many the arithmetic counts, and a
 plain matrix product of 16-bit weights is faster than any kernel that dequantizes, and has no adapter beside it. A copy in 8 bits
-lies between: half the bytes of 16, no adapter, and a rounding that shows in the gap below. The copy is
+lies between: half the bytes of 16, no adapter, and a rounding that shows in the gap below. Beside it stands, in 8 bits too, a copy of
+the head (`has_proposal_head`), by whose logits tokens are proposed; the stored head corrects the draw, so that its rounding does not
+show (`pallas_kernels/draw_corrected.py`). The copy is
 made anew for every rollout, because the adapter changed since the last one, and freed after it. Prompts are
 prefilled with the stored weights in either case, and so is the training forward: what the rounding of merged weights
 does to log-probabilities is in the logged gap between sampler and trainer.
@@ -17,7 +19,7 @@ and every resumed run decides alike.
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +29,11 @@ from jax import Array
 import pallas_kernels
 from jgrpo.config import RolloutConfig
 from jgrpo.lora import WEIGHTS, fuse, matrix_modules, module_shapes, own_modules
-from jgrpo.models import ModelConfig, Transformer
+from jgrpo.models import PROPOSAL_HEAD, ModelConfig, Transformer
 from jgrpo.models.decoding import FOLLOWING_NORM, ROTATIONS, following_norms, rotations
-from jgrpo.quantization import LAYERS, Int4Weight, MixedWeight, PackedWeight, dequantize, quantize_fast8
-from pallas_kernels import LayerMatrices, LayerMatrix, Source, put_layer
+from jgrpo.quantization import LAYERS, Fast8Weight, Int4Weight, MixedWeight, PackedWeight, dequantize, quantize_fast8
+from jgrpo.rollout.sampling import keeps_everything
+from pallas_kernels import LayerMatrices, LayerMatrix, Source, dispatch, put_layer, unpermute_columns
 
 Params = Mapping[str, Any]
 
@@ -44,6 +47,8 @@ MANY_ROWS, LARGE_COPY = 128, 4e9
 On an H200 with 64 rows it is 13 % faster than one of 16 for a 3B (5.6 GB) and 27 % for an 8B; for a 1.5B (2.6 GB) that of 16 bits is ahead."""
 COPY_GROUP, SCALE = 64, jnp.dtype(jnp.bfloat16)
 """Of a copy in 8 bits: inputs that share a scale, and its type; the kernel for few rows reads no other."""
+HEAD_BLOCK, COLUMNS = 128, 16
+"""Of a head in 8 bits: the kernel takes whole blocks of so many rows of weights, and columns are reordered in so many."""
 MEMORY_SHARE = 0.6
 """Share of the device's memory that base, copy and cache may fill under auto; the update needs the rest."""
 
@@ -55,6 +60,8 @@ class WeightsPlan:
     copy: str | None
     """The form of the merged copy, "bf16" (the compute dtype), "int8" or "int8_layers" (`int8_form`); None: the base as stored."""
     reason: str
+    head: bool = False
+    """Whether the copy has a head that proposes tokens; one in 8 bits only."""
 
     def __str__(self) -> str:
         eight_bits = "merged copy in 8 bits"
@@ -65,17 +72,20 @@ class WeightsPlan:
 def plan_weights(model: Transformer, base: Params, config: RolloutConfig, prompts: tuple[int, int]) -> WeightsPlan:
     """Follow `config.rollout_weights`, or decide; `prompts` is (Q, P)."""
     rows = at_once(config, prompts[0]) * config.num_generations
+    proposes = has_proposal_head(model, config, rows, isinstance(stored_head(base), PackedWeight))
     if config.rollout_weights != "auto":
         copy = {"int4": None, "int8": int8_form(model, rows)}.get(config.rollout_weights, config.rollout_weights)
+        head = config.rollout_weights == "int8" and proposes
         slow = copy == "int8" and not has_int8_kernel(model, rows)
         why = "; no kernel multiplies by it here, so every step dequantizes it" if slow else ""
-        return WeightsPlan(copy, f"rollout_weights: {config.rollout_weights}{why}")
+        return WeightsPlan(copy, f"rollout_weights: {config.rollout_weights}{why}", head)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    copies = {form: merged_bytes(model, form) for form in ("bf16", "int8")}
+    copies = {"bf16": merged_bytes(model), "int8": merged_bytes(model, "int8", proposes)}
     cache = cache_bytes(model, config, prompts)
     form = int8_form(model, rows)
     runs = form == "int8_layers" or has_int8_kernel(model, rows)
-    return choose_weights(rows, size, copies, cache, _device_bytes(), form if runs else None)
+    plan = choose_weights(rows, size, copies, cache, _device_bytes(), form if runs else None)
+    return replace(plan, head=proposes and plan.copy not in (None, "bf16"))
 
 
 def choose_weights(
@@ -117,6 +127,29 @@ def has_int8_kernel(model: Transformer, rows: int) -> bool:
     )
 
 
+def has_proposal_head(model: Transformer, config: RolloutConfig, rows: int, packed: bool) -> bool:
+    """Whether a copy in 8 bits for that many rows has a copy of the head too; `packed`: the head is stored quantized.
+
+    Where tokens are drawn from all of softmax(logits / temperature), which is what the correction knows, and from a head of whole
+    blocks. Not where a GPU has no kernel for it: a step would dequantize it, and the stored head is the faster read. On other devices
+    every step dequantizes all of a copy in 8 bits, and draws as a GPU does.
+    """
+    shape = model.config
+    whole = keeps_everything(shape.vocab_size, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+    if not whole or config.temperature == 0.0 or shape.logit_softcap is not None:
+        return False
+    if packed or shape.vocab_size % HEAD_BLOCK or shape.hidden_size % COLUMNS or rows > dispatch.INT8_ROWS:
+        return False
+    size = shape.vocab_size, shape.hidden_size, copy_group(shape.hidden_size)
+    has_kernel = pallas_kernels.has_int8_kernel(rows, *size, model.dtype, SCALE)
+    return has_kernel or dispatch.current_device().backend != "gpu"
+
+
+def stored_head(base: Params) -> Any:
+    """The output matrix, which is the embedding where the two are tied."""
+    return base["head"] if "head" in base else base.get("embed")
+
+
 class Decoded(NamedTuple):
     """What a rollout uses of a policy."""
 
@@ -131,17 +164,18 @@ def decoded(
 ) -> Decoded:
     """What to prefill and decode with; `prompts` is (Q, P), `policy` an adapter or a whole model."""
     if WEIGHTS not in policy:
-        copy = plan_weights(model, base, config, prompts).copy
-        return Decoded(base, policy, merge(model, base, policy, copy) if copy else None)
+        plan = plan_weights(model, base, config, prompts)
+        return Decoded(base, policy, merge(model, base, policy, plan.copy, plan.head) if plan.copy else None)
     weights, copy = policy[WEIGHTS], config.rollout_weights
     rows = at_once(config, prompts[0]) * config.num_generations
     form = int8_form(model, rows) if copy == "int8" else "bf16"
+    head = copy == "int8" and has_proposal_head(model, config, rows, packed=False)
     if not is_wide(model, weights):
-        return Decoded(weights, {}, merge(model, weights, {}, form) if copy in ("bf16", "int8") else None)
+        return Decoded(weights, {}, merge(model, weights, {}, form, head) if copy in ("bf16", "int8") else None)
     rest = {name: leaf for name, leaf in weights["layers"].items() if name not in matrix_modules(model.config)}
     small = cast({**weights, "layers": rest}, jnp.dtype(model.dtype).name)
     layers = {**weights["layers"], **small["layers"]}
-    return Decoded({**small, "layers": layers}, {}, merge(model, weights, {}, form))
+    return Decoded({**small, "layers": layers}, {}, merge(model, weights, {}, form, head))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -167,14 +201,16 @@ def is_wide(model: Transformer, weights: Params) -> bool:
     return weights["embed"].dtype != jnp.dtype(model.dtype)
 
 
-def merged_bytes(model: Transformer, copy: str = "bf16") -> int:
+def merged_bytes(model: Transformer, copy: str = "bf16", head: bool = False) -> int:
     """Size of the copy that `merge` makes."""
-    widths = matrix_shapes(model.config).values()
-    if copy != "bf16":
-        row_bytes = [(rows, width + width // copy_group(width) * SCALE.itemsize) for rows, width in widths]
-    else:
-        row_bytes = [(rows, width * jnp.dtype(model.dtype).itemsize) for rows, width in widths]
-    return model.config.num_layers * sum(rows * size for rows, size in row_bytes)
+    config = model.config
+
+    def size(rows: int, width: int, copy: str) -> int:
+        wide = width * jnp.dtype(model.dtype).itemsize
+        return rows * (wide if copy == "bf16" else width + width // copy_group(width) * SCALE.itemsize)
+
+    layers = config.num_layers * sum(size(*shape, copy) for shape in matrix_shapes(config).values())
+    return layers + (size(config.vocab_size, config.hidden_size, "int8") if head else 0)
 
 
 def copy_group(width: int) -> int:
@@ -214,12 +250,17 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16") -> dict[str, Any]:
+def merge(model: Transformer, base: Params, lora: Params, copy: str = "bf16", head: bool = False) -> dict[str, Any]:
     """W + scale · B A of every matrix, as one array `[N, K]` in the compute dtype for each layer, or ("int8") in 8 bits a weight.
 
-    "int8_layers": the same as "int8" laid out for a kernel of all layers, as the one entry `LAYERS`. Made a matrix at a time: beside
-    the result there is never more than one matrix in float32.
+    "int8_layers": the same as "int8" laid out for a kernel of all layers, as the one entry `LAYERS`. `head`: with a copy of the output matrix in 8
+    bits, `PROPOSAL_HEAD`. Made a matrix at a time: beside the result there is never more than one of a layer in float32.
     """
+    layers = _merge_layers(model, base, lora, copy)
+    return {**layers, PROPOSAL_HEAD: _proposal_head(stored_head(base))} if head else layers
+
+
+def _merge_layers(model: Transformer, base: Params, lora: Params, copy: str) -> dict[str, Any]:
     adapter, numbers = _fused(model, lora), range(model.config.num_layers)
     dtype = jnp.dtype(model.dtype).name
 
@@ -270,7 +311,17 @@ def _merge_one(
             wide = wide + jnp.matmul(b.astype(dtype), a.astype(dtype)).astype(jnp.float32)
     if copy == "bf16":
         return wide.astype(dtype)
-    return quantize_fast8(wide[None], copy_group(wide.shape[-1]), SCALE)
+    return _in_8_bits(wide[None])
+
+
+@jax.jit
+def _proposal_head(head: Array) -> Fast8Weight:
+    """With its columns as `Transformer.proposal_logits` wants them, which stay in their groups."""
+    return _in_8_bits(unpermute_columns(head))
+
+
+def _in_8_bits(weight: Array) -> Fast8Weight:
+    return quantize_fast8(weight, copy_group(weight.shape[-1]), SCALE)
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "dtype", "gate"), donate_argnames=("into",))
@@ -300,9 +351,11 @@ def decoding_variables(
     model: Transformer, base: Params, lora: Params, merged: Params | None, unroll: bool, positions: int
 ) -> Params:
     """What the decode loop applies the model to, in rows of up to `positions`; made once, outside the loop, where XLA cannot compute it again for every layer to save memory."""
-    layers = {**base["layers"], **(merged or {}), **step_constants(model, base, positions)}
+    copies = dict(merged or {})
+    head = {PROPOSAL_HEAD: copies.pop(PROPOSAL_HEAD)} if PROPOSAL_HEAD in copies else {}
+    layers = {**base["layers"], **copies, **step_constants(model, base, positions)}
     lora = decoding_adapter(model, lora, unroll) if merged is None else {}
-    return {"params": {**base, "layers": layers}, "lora": lora}
+    return {"params": {**base, **head, "layers": layers}, "lora": lora}
 
 
 def step_constants(model: Transformer, base: Params, positions: int) -> dict[str, Any]:

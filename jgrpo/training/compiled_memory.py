@@ -110,8 +110,8 @@ def check_compiled(
     planned, (limit, in_use) = plan(config), limits
     needs = [program_bytes(program) for program in compile_all([update, *([] if rollout is None else [rollout])])]
     prompts = (config.training.prompts_per_step, prompt_width)
-    form = plan_weights(policy.model, policy.base, config.rollout, prompts).copy
-    copy = merged_bytes(policy.model, form) if form else 0
+    weights = plan_weights(policy.model, policy.base, config.rollout, prompts)
+    copy = merged_bytes(policy.model, weights.copy, weights.head) if weights.copy else 0
     batch = size_of(batch_shapes(config, prompt_width, policy.environment is not None))
     compiled = CompiledMemory(in_use + planned.runtime, sum(needs[1:]) + copy, needs[0] + batch)
     if compiled.total > limit:

@@ -33,7 +33,8 @@ those of its attention rows, and W = (H + 2K)·Hd:
   beside the base: the adapter in the compute dtype, its B's laid out for the base's matrices (`jgrpo.lora.fuse`), or
   the merged copy.
 - full fine-tuning (`lora: null`): the weights, float32, take the adapter's place; base is the copy of their start that the loss
-  compares them with; the rollout decodes with a copy in the compute dtype, and the head is cast to it as a packed one is.
+  compares them with; the rollout decodes with a copy in the compute dtype, of `rollout_weights: int8` with its matrices in 8 bits
+  and a copy of the head in 8 bits beside it, and the head is cast to the compute dtype as a packed one is.
 - runtime: workspaces of cuBLAS and cuDNN and compiled programs, 80 MB measured on an H200; none on a CPU.
 
 The coefficients are those of the layer's own data flow; tests hold them to 10 % of what XLA plans for compiled steps.
@@ -52,7 +53,7 @@ from jgrpo.config import QuantizationConfig, TrainConfig
 from jgrpo.lora import module_shapes, own_modules
 from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.models.attention import QUERY_BLOCK
-from jgrpo.rollout.weights import at_once, cache_bytes, fused_bytes, matrix_shapes, merged_bytes
+from jgrpo.rollout.weights import at_once, cache_bytes, fused_bytes, has_proposal_head, matrix_shapes, merged_bytes
 from jgrpo.training.adam8bit import state_bytes
 from jgrpo.training.forward import logprob_chunk, packed_head_chunks
 from jgrpo.training.preference import CHOSEN_THEN_REJECTED, largest_divisor
@@ -234,11 +235,21 @@ def _start_bytes(config: TrainConfig, shape: ModelConfig, dtype: Any) -> int:
 
 def _decoding_bytes(config: TrainConfig, model: Transformer) -> int:
     """Bytes of what decodes beside the base or the trained weights."""
+    form = config.rollout.rollout_weights
+    rows = at_once(config.rollout, config.training.prompts_per_step) * config.rollout.num_generations
+    packed = not config.lora.is_full and _has_packed_head(config, model.config)
+    head = form == "int8" and has_proposal_head(model, config.rollout, rows, packed)
     if config.lora.is_full and jnp.dtype(model.dtype).itemsize < 4:
-        return base_bytes(config, model.config, model.dtype)
-    if (copy := config.rollout.rollout_weights) in ("bf16", "int8"):
-        return merged_bytes(model, copy)
+        whole = base_bytes(config, model.config, model.dtype)
+        return whole - merged_bytes(model) + merged_bytes(model, form, head) if form == "int8" else whole
+    if form in ("bf16", "int8"):
+        return merged_bytes(model, form, head)
     return 0 if config.lora.is_full else fused_bytes(model)
+
+
+def _has_packed_head(config: TrainConfig, shape: ModelConfig) -> bool:
+    leaf = ("embed",) if shape.tie_embeddings else ("head",)
+    return leaf_group_size(leaf, shape, config.quantization) is not None
 
 
 def adapter_sizes(config: TrainConfig, shape: ModelConfig) -> list[int]:
@@ -281,8 +292,7 @@ def _logprob_bytes(config: TrainConfig, model: Transformer) -> int:
     completion = microbatch(config)[0] * config.rollout.max_completion_length
     chunk, width = logprob_chunk(model, config.training.logprob_workspace), model.config.hidden_size
     states = 2 * completion * width * item
-    head = ("embed",) if model.config.tie_embeddings else ("head",)
-    if leaf_group_size(head, model.config, config.quantization) is None:
+    if not _has_packed_head(config, model.config):
         cast = model.config.vocab_size * width * item if config.lora.is_full and item < 4 else 0
         return min(chunk, completion) * model.config.vocab_size * (4 + item) + states + cast
     chunk, entries = packed_head_chunks(model.config, item, chunk)

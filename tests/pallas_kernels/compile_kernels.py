@@ -24,6 +24,7 @@ from pallas_kernels import (
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
+    draw_corrected_triton,
     draw_token_triton,
     gated_activation_triton,
     gated_matmul_triton,
@@ -232,18 +233,29 @@ def gated_activation(activation: str, capability: int) -> tuple[int, int]:
     return compile_kernel(gated_activation_triton.gated_activation_kernel, types, constants, blocks, capability)
 
 
+DRAW_TYPES = dict.fromkeys(("logits_ptr", "highest_ptr", "sums_ptr", "uniform_ptr", "logprob_ptr"), "*fp32")
+DRAW_TYPES |= dict.fromkeys(("step_ptr", "remaining_ptr", "packed_ptr", "stops_ptr"), "*i32")
+DRAW_TYPES |= dict.fromkeys(("token_ptr", "remaining_out_ptr", "packed_out_ptr"), "*i32")
+RECORDING = {"STEPS": True, "RECORD": True, "STOPS": 2, "PAD": 0}
+
+
 def draw_token(capability: int) -> dict[str, tuple[int, int]]:
     """Statistics of blocks, and the search with a record, of a vocabulary that the blocks do not divide."""
     shared, row = draw_token_triton.kernel_constants(64, 151_936, 0.7)
-    types = dict.fromkeys(("logits_ptr", "highest_ptr", "sums_ptr", "uniform_ptr", "logprob_ptr"), "*fp32")
-    written = ("token_ptr", "remaining_out_ptr", "packed_out_ptr")
-    types |= dict.fromkeys(("step_ptr", "remaining_ptr", "packed_ptr", "stops_ptr", *written), "*i32")
     blocks = SimpleNamespace(warps=draw_token_triton.WARPS, stages=1)
-    kernels = {"block_sums": shared, "find_token": row | {"STEPS": True, "RECORD": True, "STOPS": 2, "PAD": 0}}
+    kernels = {"block_sums": shared, "find_token": row | RECORDING}
     return {
-        name: compile_kernel(getattr(draw_token_triton, f"{name}_kernel"), types, constants, blocks, capability)
+        name: compile_kernel(getattr(draw_token_triton, f"{name}_kernel"), DRAW_TYPES, constants, blocks, capability)
         for name, constants in kernels.items()
     }
+
+
+def draw_corrected(width: int, capability: int) -> tuple[int, int]:
+    """The search for candidates with a record, in rows that are a part of a block of columns and in rows of several."""
+    _, row = draw_corrected_triton.kernel_constants(64, 151_936, width, 7, 0.7)
+    types = DRAW_TYPES | dict.fromkeys(("hidden_ptr", "head_ptr"), "*bf16")
+    blocks = SimpleNamespace(warps=draw_corrected_triton.WARPS, stages=1)
+    return compile_kernel(draw_corrected_triton.find_corrected_kernel, types, row | RECORDING, blocks, capability)
 
 
 if __name__ == "__main__":
@@ -276,6 +288,8 @@ if __name__ == "__main__":
             print(f"gated_activation-{activation}-sm_{target}", *gated_activation(activation, target), flush=True)
         for name, usage in draw_token(target).items():
             print(f"{name}-sm_{target}", *usage, flush=True)
+        for width in (896, 1536, 4096):
+            print(f"find_corrected-{width}-sm_{target}", *draw_corrected(width, target), flush=True)
         for cache in ("int8", "float8_e4m3fn")[: 2 if target >= 89 else 1]:
             print(f"decode_attention-{cache}-sm_{target}", *decode_attention(128, target, cache), flush=True)
             print(f"rope_and_cache-{cache}-sm_{target}", *rope_and_cache(target, "i32", cache), flush=True)

@@ -17,6 +17,7 @@ from pallas_kernels import (
     decode_attention_triton,
     dense_matmul_triton,
     dequantize_triton,
+    draw_corrected_triton,
     draw_token_triton,
     gated_activation_triton,
     gated_matmul_triton,
@@ -330,35 +331,68 @@ def draw_token(logits, uniform, *, temperature: float, step: int | None = None, 
 
 def draw_and_record(logits, uniform, completions: Completions, *, temperature: float, step: int, ends: Ends):
     """The kernels as `draw_token_triton.draw_and_record` launches them; as that, in numpy."""
+    given, outputs, how = _recording(completions, ends)
+    token, _, *left = _draw(logits, uniform, given, outputs, temperature, step, draw_token_triton.BLOCK, **how)
+    return token, Completions(*reversed(left))
+
+
+def draw_corrected(proposal, hidden, head, uniform, *, temperature: float, step: int | None = None):
+    """The kernels as `draw_corrected_triton.draw_corrected` launches them; (token, log-probability) as numpy, poisoned before."""
+    return _draw_corrected(proposal, hidden, head, uniform, (), [], temperature, step)[:2]
+
+
+def draw_corrected_and_record(proposal, hidden, head, uniform, completions, *, temperature: float, step: int, ends):
+    """The kernels as `draw_corrected_triton.draw_corrected_and_record` launches them; as that, in numpy."""
+    given, outputs, how = _recording(completions, ends)
+    token, _, *left = _draw_corrected(proposal, hidden, head, uniform, given, outputs, temperature, step, **how)
+    return token, Completions(*reversed(left))
+
+
+def _recording(completions: Completions, ends: Ends) -> tuple[tuple, list, dict]:
+    """(arguments, outputs, constants) as of `completions_triton.recording`."""
     remaining, packed = (torch.tensor(np.array(x), device=DEVICE) for x in (completions.remaining, completions.packed))
     stops = torch.tensor(ends.stop_ids or (0,), dtype=torch.int32, device=DEVICE)
     how = dict(RECORD=True, STOPS=len(ends.stop_ids), PAD=ends.pad_id)
-    given, outputs = (remaining, packed, stops), [remaining, packed]
-    token, _, *left = _draw(logits, uniform, given, outputs, temperature, step, draw_token_triton.BLOCK, **how)
-    return token, Completions(*reversed(left))
+    return (remaining, packed, stops), [remaining, packed], how
 
 
 def _draw(
     logits, uniform, record, outputs, temperature: float, step: int | None, block: int, **how
 ) -> list[np.ndarray]:
-    rows, vocab = logits.shape
-    shared, row = draw_token_triton.kernel_constants(rows, vocab, temperature, block)
+    shared, row = draw_token_triton.kernel_constants(*logits.shape, temperature, block)
+    how = {"num_warps": draw_token_triton.WARPS} | row | how
+    return _find(draw_token_triton.find_token_kernel, logits, (), uniform, record, outputs, step, shared, **how)
+
+
+def _draw_corrected(
+    proposal, hidden, head, uniform, record, outputs, temperature: float, step: int | None, **how
+) -> list[np.ndarray]:
+    shape = (*proposal.shape, hidden.shape[1], uniform.shape[-1])
+    shared, row = draw_corrected_triton.kernel_constants(*shape, temperature)
+    given = tuple(rounded(part, DTYPES[-1]) for part in (hidden, head))
+    how = {"num_warps": draw_corrected_triton.WARPS} | row | how
+    kernel = draw_corrected_triton.find_corrected_kernel
+    return _find(kernel, proposal, given, uniform, record, outputs, step, shared, **how)
+
+
+def _find(kernel, logits, given, uniform, record, outputs, step: int | None, shared: dict, **how) -> list[np.ndarray]:
+    """Statistics of blocks and one of the kernels that find tokens by them; `given` are its arguments between the logits and those."""
+    rows = len(logits)
     source, numbers = rounded(logits, "float32"), rounded(uniform, "float32")
     statistics = [poisoned(rows, shared["BLOCKS"]) for _ in "ab"]
     token, logprob = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE), poisoned(rows)
-    how = dict(RECORD=False, STOPS=0, PAD=0) | how | {"num_warps": draw_token_triton.WARPS}
     grid = (rows * shared["BLOCKS"],)
-    draw_token_triton.block_sums_kernel[grid](source, *statistics, **shared, num_warps=how["num_warps"])
+    draw_token_triton.block_sums_kernel[grid](source, *statistics, **shared, num_warps=draw_token_triton.WARPS)
     outputs = [token, logprob, *(outputs or (token, token))]
-    draw_token_triton.find_token_kernel[(rows,)](
+    kernel[(rows,)](
         source,
+        *given,
         *statistics,
         numbers,
         0 if step is None else scalar(step),
         *(record or (source,) * 3),
         *outputs,
         STEPS=step is not None,
-        **row,
-        **how,
+        **dict(RECORD=False, STOPS=0, PAD=0) | how,
     )
     return [output.cpu().numpy() for output in outputs]

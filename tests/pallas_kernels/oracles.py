@@ -60,6 +60,29 @@ def draw_errors(logits, uniform, temperature, token, logprob) -> tuple[float, fl
     return float(outside.max()), float(error.max())
 
 
+def corrected_draw(proposal, hidden, head, numbers, temperature) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token, log-probability, whether no number is within 1e-6 of a boundary) of every row, one candidate after the other."""
+    proposal, hidden, head = (np.asarray(part, np.float64) for part in (proposal, hidden, head))
+    tokens, logprobs, clear = [], [], []
+    count = (numbers.shape[1] + 1) // 2
+    for row, own in enumerate(numbers):
+        z = proposal[row] / temperature
+        mass = np.exp(z - z.max()).sum()
+        above = np.cumsum(np.exp(z - z.max())) / mass
+        drawn = np.searchsorted(above, own[:count], side="right")
+        exact = {token: head[token] @ hidden[row] / temperature for token in drawn}
+        distances, held = [np.abs(above - u).min() for u in own[:count]], drawn[0]
+        for other, u in zip(drawn[1:], own[count:], strict=True):
+            chance = np.exp(exact[other] - z[other] - exact[held] + z[held])
+            distances.append(abs(chance - u))
+            held = other if u < chance else held
+        z_of_all = mass * np.exp(z.max()) + sum(np.exp(exact[token]) - np.exp(z[token]) for token in exact)
+        tokens.append(held)
+        logprobs.append(exact[held] - np.log(z_of_all))
+        clear.append(min(distances) > 1e-6)
+    return np.array(tokens), np.array(logprobs), np.array(clear)
+
+
 def relative_error(got, want) -> float:
     """||got - want|| / ||want||; NaN stays NaN, which passes no comparison."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)

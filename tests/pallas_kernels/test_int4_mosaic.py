@@ -14,7 +14,7 @@ if not dispatch.MOSAIC_JAX[0] <= jax.__version_info__ < dispatch.MOSAIC_JAX[1]:
     pytest.skip("needs the jax of Mosaic's interpreter", allow_module_level=True)
 
 from pallas_kernels import dequantize, int4_matmul, int4_matmul_mosaic, tuning
-from pallas_kernels.rows import permute_columns
+from pallas_kernels.rows import permute_columns, unpermute_columns
 from tests.pallas_kernels.oracles import random_int4, relative_error
 
 INTERPRET = jax.default_backend() == "cpu"
@@ -63,6 +63,19 @@ def test_product(m, n, k, group, blocks):
     x = rows(rng, m, k)
     out = product(x, packed, scales, None, None, None, tuning.mosaic_config(*blocks))
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
+
+
+def test_weights_whose_columns_are_reordered_take_rows_as_they_are():
+    """So a head's rows need no operation of their own (`Transformer.proposal_logits`)."""
+    rng = np.random.default_rng(1)
+    packed, scales = rng.integers(0, 256, (128, 512)).astype(np.uint8), rng.uniform(0.01, 0.02, (128, 8))
+    x, config = rows(rng, 5, 512), tuning.mosaic_config(16, 128, 128, 1)
+    given = unpermute_columns(jnp.asarray(packed)), jnp.asarray(scales, jnp.bfloat16)
+    out = int4_matmul_mosaic.partial_sums(
+        x, *given, None, None, None, jnp.float32, config, "fast8", interpret=INTERPRET
+    )
+    weight = dequantize(packed, given[1], jnp.float32, "fast8")
+    assert relative_error(out[0], np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T) < TOLERANCE
 
 
 @pytest.mark.parametrize("code", ["int8", "fast8"])

@@ -1,10 +1,10 @@
 """Compile the rollout for an H200 on a machine without one: `python -m tests.rollout.gpu_program int4|int8|bf16|merge`.
 
-Prints XLA's optimized program, for `merge` that of one matrix of a copy in 8 bits. The shapes are Qwen2.5-1.5B's with two layers and a small vocabulary, 64 rows. Run apart from the
-tests, because it needs the packages of the GPU extra, Triton's compiler and a process that takes itself for a GPU's.
+Prints XLA's optimized program, for `merge` that of one matrix of a copy in 8 bits. The shapes are Qwen2.5-1.5B's with two layers, 64 rows, and a small
+vocabulary whose head has the kernel of a large one. Run apart from the tests, because it needs the packages of the GPU extra, Triton's compiler and a
+process that takes itself for a GPU's.
 """
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -20,11 +20,11 @@ from jgrpo.lora import init_lora
 from jgrpo.models import ModelConfig, Transformer, base_shapes
 from jgrpo.quantization import Int4Weight
 from jgrpo.rollout import Prompts, rollout_program
-from jgrpo.rollout.weights import COPY_GROUP, _merge_into, int8_form, merge
+from jgrpo.rollout.weights import COPY_GROUP, _merge_into, merge, plan_weights
 from pallas_kernels import LayerMatrix, dispatch
 
 LAYERS, QUESTIONS, GROUP, PROMPT, TOKENS = 2, 8, 8, 256, 512
-CONFIG = ModelConfig("qwen2", 8192, 1536, 8960, LAYERS, 12, 2, 128, qkv_bias=True, tie_embeddings=True)
+CONFIG = ModelConfig("qwen2", 17_024, 1536, 8960, LAYERS, 12, 2, 128, qkv_bias=True, tie_embeddings=True)
 INT4_GROUP = 64
 
 
@@ -75,14 +75,15 @@ def program(weights: str) -> str:
     prompts = Prompts(
         jax.ShapeDtypeStruct((QUESTIONS, PROMPT), jnp.int32), jax.ShapeDtypeStruct((QUESTIONS,), jnp.int32)
     )
-    form = int8_form(model, QUESTIONS * GROUP) if weights == "int8" else weights
-    copy = None if weights == "int4" else jax.eval_shape(lambda *given: merge(model, *given, form), base, lora)
+    config = RolloutConfig(num_generations=GROUP, max_completion_length=TOKENS, rollout_weights=weights)
+    plan = plan_weights(model, {}, config, (QUESTIONS, PROMPT))
+    form, head = plan.copy or "", plan.head
+    copy = jax.eval_shape(lambda *given: merge(model, *given, form, head), base, lora) if form else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     inputs = (base, lora, prompts, key, copy)
     sharding = h200()
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
     base, lora, prompts, key, merged = inputs
-    config = dataclasses.replace(RolloutConfig(), num_generations=GROUP, max_completion_length=TOKENS)
     lowered = rollout_program.lower(model, base, lora, prompts, key, config, eos_ids=(1,), pad_id=0, merged=merged)
     return lowered.compile().as_text()
 

@@ -10,7 +10,8 @@ import pytest
 from jgrpo.config import RolloutConfig
 from jgrpo.rollout import Prompts, Rollout, batch, compaction, generate
 from jgrpo.rollout.compaction import Bucket, buckets, fits, regroup
-from tests.rollout.conftest import Policy
+from jgrpo.rollout.weights import HEAD_BLOCK
+from tests.rollout.conftest import Policy, make_policy
 
 CONFIG = RolloutConfig(num_generations=8, max_completion_length=128)
 LONG_TAIL = np.asarray([[9, 128, 3, 60, 5, 31, 17, 2]] * 2 + [[7] * 8] * 2 + [[40, 40, 33, 1, 2, 3, 4, 128]])
@@ -50,15 +51,15 @@ def assert_same(one: Rollout, other: Rollout) -> None:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("settings", [dict(kv_cache="int8"), dict(rollout_weights="bf16", top_p=0.8)], ids=str)
-def test_a_long_tail_runs_in_smaller_shapes_and_draws_the_same(
-    policy: Policy, prompts: Prompts, shapes: list, settings: dict
-) -> None:
+@pytest.mark.parametrize("settings", [dict(kv_cache="int8"), dict(rollout_weights="int8")], ids=str)
+def test_a_long_tail_runs_in_smaller_shapes_and_draws_the_same(prompts: Prompts, shapes: list, settings: dict) -> None:
+    """The copy in 8 bits has a head that proposes tokens, so that a draw takes several random numbers."""
+    policy = make_policy(vocab=HEAD_BLOCK)
     whole = sample(policy, prompts, LONG_TAIL, False, **settings)
     assert shapes == []
     assert_same(sample(policy, prompts, LONG_TAIL, True, **settings), whole)
     assert shapes[0] == (5, 8)
-    assert shapes[-1] == (5, 1)
+    assert shapes[-1][1] == 1
     assert len(shapes) >= 2
 
 

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 CACHE = built.LAYERS * built.QUESTIONS * built.GROUP * built.CONFIG.num_kv_heads * built.TOKENS * built.CONFIG.head_dim
-MATRICES = {int(np.prod(shape)) for shape in matrix_shapes(built.CONFIG).values()}
+HEAD = built.CONFIG.vocab_size, built.CONFIG.hidden_size
+MATRICES = {int(np.prod(shape)) for shape in (*matrix_shapes(built.CONFIG).values(), HEAD)}
 OUTSIDE_OF_LAYERS = 5
 """Kernels of a step beside its layers': the head, two that draw and record, the beginning of the layers, and the loop's counter."""
 OF_A_LAYER = {"bf16": 7, "int8": 0, "int4": 12}
@@ -69,6 +70,17 @@ def test_a_step_dequantizes_no_matrix(compiled: tuple[str, str]) -> None:
     made = [(line, size) for name in kernels for line, _, size in instructions(step(compiled[1]), named=name)]
     assert len(made) >= OUTSIDE_OF_LAYERS
     assert [line for line, size in made if size in MATRICES] == []
+
+
+def test_logits_are_made_by_one_kernel(compiled: tuple[str, str]) -> None:
+    """Of a head in 8 bits too, which takes rows as they are and leaves no parts to be added."""
+    weights, program = compiled
+    size, body = built.QUESTIONS * built.GROUP * HEAD[0], step(program)
+    kernels = ("fusion", "custom-call", "convert", "copy", "transpose", "reduce")
+    made = [line for name in kernels for line, _, elements in instructions(body, named=name) if elements == size]
+    assert len(made) == 1
+    assert " custom-call(" in made[0]
+    assert (f" = f32[1,{built.QUESTIONS * built.GROUP},{HEAD[0]}]" in made[0]) == (weights == "int8")
 
 
 def test_the_host_waits_once_a_chunk(compiled: tuple[str, str]) -> None:

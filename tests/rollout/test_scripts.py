@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 from jgrpo.checkpoints.adapter import export_adapter
 from jgrpo.checkpoints.hf import load_model_config
 from jgrpo.config import LoraConfig
 from jgrpo.lora import init_lora
+from jgrpo.models import ModelConfig, Transformer, init_base
+from jgrpo.rollout.weights import WeightsPlan, merged_bytes
 from tests.tiny_checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +54,20 @@ def test_bench_prints_json_and_a_table() -> None:
     assert 0 < row["fraction"] < 1
     column = lines.splitlines()[-4].split().index("tokens_per_s")
     assert lines.splitlines()[-1].split()[column] == str(row["tokens_per_s"])
+
+
+def test_the_bench_counts_the_head_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a copy that has one in 8 bits its own; a tied embedding then is only looked up in, and the stored head for a few rows."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    count = runpy.run_path(str(ROOT / "scripts" / "bench_rollout.py"))["step_weight_bytes"]
+    for tied in (False, True):
+        config = ModelConfig("llama", 256, 64, 128, 1, 2, 1, 32, tie_embeddings=tied)
+        model, base = Transformer(config), init_base(jax.random.key(0), config)
+        layers, head, norm = sum(leaf.nbytes for leaf in jax.tree.leaves(base["layers"])), 4 * 256 * 64, 4 * 64
+        assert count(model, base, WeightsPlan(None, "")) == layers + head + norm
+        assert count(model, base, WeightsPlan("bf16", "")) == merged_bytes(model) + head + norm
+        assert count(model, base, WeightsPlan("int8", "")) == merged_bytes(model, "int8") + head + norm
+        assert count(model, base, WeightsPlan("int8", "", True)) == merged_bytes(model, "int8", head=True) + norm
 
 
 def test_the_start_is_measured_cold_and_warm(tmp_path: Path) -> None:

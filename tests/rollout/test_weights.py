@@ -1,20 +1,128 @@
 """The merged copy: what it holds, when it is taken, and that it samples like the adapter."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgrpo.config import RolloutConfig
+from jgrpo.config import LoraConfig, RolloutConfig
 from jgrpo.lora import module_delta
-from jgrpo.quantization import LAYERS, dequantize, take_layer
+from jgrpo.models import PROPOSAL_HEAD, ModelConfig, Transformer
+from jgrpo.quantization import LAYERS, dequantize, quantize, quantize_fast8, take_layer
 from jgrpo.rollout import Prompts, generate, weights
-from jgrpo.rollout.weights import cache_bytes, choose_weights, merge, merged_bytes, plan_weights
-from tests.rollout.conftest import MATRICES, Policy
+from jgrpo.rollout.weights import (
+    HEAD_BLOCK,
+    cache_bytes,
+    choose_weights,
+    copy_group,
+    decoded,
+    decoding_variables,
+    has_int8_kernel,
+    has_proposal_head,
+    merge,
+    merged_bytes,
+    plan_weights,
+)
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.rows import permute_columns
+from tests.rollout.conftest import MATRICES, Policy, make_policy
+from tests.rollout.test_sampler import full_logits
 
 CONFIG = RolloutConfig(num_generations=2, max_completion_length=12)
+HOPPER = dispatch.Device("gpu", (9, 0), True, "NVIDIA H200", True, 132)
+
+
+@pytest.fixture(scope="module")
+def block_policy() -> Policy:
+    """Whose vocabulary is a whole block of the kernel's, so that a copy in 8 bits has the head; embedding and head are one."""
+    model, base, lora = make_policy(vocab=HEAD_BLOCK)
+    config = dataclasses.replace(model.config, tie_embeddings=True)
+    head = base.pop("head")
+    return Policy(model.clone(config=config), {**base, "embed": head}, lora)
+
+
+def own_order(head: Any) -> jax.Array:
+    """The elements of a proposals' head, columns as they are stored."""
+    return permute_columns(dequantize(head))
+
+
+@pytest.mark.parametrize("form", ["int8", "int8_layers"])
+def test_the_copy_in_eight_bits_may_have_the_head(block_policy: Policy, form: str) -> None:
+    model, base, lora = block_policy
+    copy, stored = merge(*block_policy, form, head=True), base["embed"]
+    want = quantize_fast8(stored, copy_group(stored.shape[-1]), jnp.bfloat16)
+    np.testing.assert_array_equal(own_order(copy[PROPOSAL_HEAD]), dequantize(want))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(copy)) == merged_bytes(model, form, head=True)
+    variables = decoding_variables(model, base, lora, copy, unroll=True, positions=8)
+    hidden = jax.random.normal(jax.random.key(1), (3, stored.shape[-1]))
+    want = np.asarray(hidden, np.float64) @ np.asarray(dequantize(want), np.float64).T
+    np.testing.assert_allclose(model.apply(variables, hidden, method="proposal_logits"), want, rtol=1e-5, atol=1e-5)
+    assert model.apply(variables, method="head_weight") is stored
+
+
+def test_it_has_the_head_where_the_draw_can_be_corrected(
+    policy: Policy, block_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, lora = block_policy
+    config = dataclasses.replace(CONFIG, rollout_weights="int8")
+
+    def has_head(case: Policy, config: RolloutConfig) -> bool:
+        merged = decoded(*case, config, (5, 12)).merged
+        return merged is not None and PROPOSAL_HEAD in merged
+
+    assert has_head(block_policy, config)
+    assert has_head(block_policy, dataclasses.replace(config, temperature=0.7, top_k=HEAD_BLOCK))
+    others = [dict(temperature=0.0), dict(top_k=5), dict(top_p=0.9), dict(min_p=0.1), dict(rollout_weights="bf16")]
+    for setting in [*others, dict(rollout_weights="int4"), dict(num_generations=52)]:
+        assert not has_head(block_policy, dataclasses.replace(config, **setting)), setting
+    capped = model.clone(config=dataclasses.replace(model.config, logit_softcap=30.0))
+    packed = {**base, "embed": quantize(base["embed"], 32)}
+    for case in (policy, Policy(capped, base, lora), Policy(model, packed, lora)):
+        assert not has_head(case, config)
+    monkeypatch.setattr(dispatch, "current_device", lambda: HOPPER)
+    assert not has_proposal_head(model, config, 8, packed=False)  # no kernel multiplies float32
+
+
+@pytest.mark.parametrize(("vocab", "width"), [(151_936, 896), (151_936, 1536), (128_256, 4096), (17_024, 5120)])
+def test_a_head_has_a_kernel_where_the_matrices_have_one(
+    vocab: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its K is not split: parts of the size of all logits would be as much to read again as the head."""
+    monkeypatch.setattr(dispatch, "current_device", lambda: HOPPER)
+    config = ModelConfig("qwen2", vocab, width, 4 * width, 2, width // 64, 2, 64)
+    model = Transformer(config, LoraConfig(), jnp.bfloat16)
+    for rows in (1, 64, 256):
+        assert has_int8_kernel(model, rows)
+        assert has_proposal_head(model, CONFIG, rows, packed=False)
+        blocks = tuning.int8_config(rows, vocab, width, copy_group(width))
+        assert blocks is not None
+        assert blocks.split_k == 1
+
+
+def test_rollouts_by_proposals_are_those_of_the_stored_head(
+    block_policy: Policy, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With layers that are not rounded, log-probabilities are those of the full forward; those of the rounded head are far from them."""
+    model, base, lora = block_policy
+    monkeypatch.setattr(weights, "merge", lambda *_, **__: merge(*block_policy, "bf16", head=True))
+    config = RolloutConfig(num_generations=4, max_completion_length=24, rollout_weights="int8")
+    how = dict(eos_ids=(5,), pad_id=0)
+    rollout = generate(*block_policy, prompts, jax.random.key(2), config, **how)
+    again = generate(*block_policy, prompts, jax.random.key(2), config, **how)
+    np.testing.assert_array_equal(rollout.completion_tokens, again.completion_tokens)
+    np.testing.assert_array_equal(rollout.logprobs, again.logprobs)
+
+    def gap(policy: Policy) -> float:
+        logprobs = jax.nn.log_softmax(full_logits(policy, rollout), axis=-1)
+        own = jnp.take_along_axis(logprobs, jnp.asarray(rollout.completion_tokens)[..., None], axis=-1)[..., 0]
+        return float(np.abs(own - rollout.logprobs)[np.asarray(rollout.completion_mask)].mean())
+
+    untied = model.clone(config=dataclasses.replace(model.config, tie_embeddings=False))
+    rounded = own_order(merge(*block_policy, "int8", head=True)[PROPOSAL_HEAD])
+    assert gap(block_policy) < 0.3 * gap(Policy(untied, {**base, "head": rounded}, lora))
 
 
 def test_merge_adds_each_module_to_its_rows(int4_policy: Policy) -> None:
@@ -97,7 +205,7 @@ def test_rollouts_from_the_copy_in_eight_bits_follow_its_matrices(
     config = dataclasses.replace(CONFIG, rollout_weights="int8", decode_layers=layers)
     coded = generate(*policy, prompts, jax.random.key(2), config, **how)
 
-    def dequantized(model, base, lora, _copy):
+    def dequantized(model, base, lora, *_form_and_head):
         coded = merge(model, base, lora, "int8")
         return {name: tuple(dequantize(take_layer(part, 0)) for part in weight.parts) for name, weight in coded.items()}
 
