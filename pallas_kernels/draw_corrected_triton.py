@@ -140,7 +140,15 @@ def kernel_constants(
     """The shapes of either kernel, shared by the GPU launch and the interpreter's tests."""
     shared, row = draw_token_triton.kernel_constants(rows, vocab, temperature, block)
     columns = min(BLOCK_D, triton.next_power_of_2(width))
-    return shared, {**row, "D": width, "CANDIDATES": (numbers + 1) // 2, "BLOCK_D": columns}
+    # Triton 3.6 cannot compile a scan along fewer than four columns of several rows.
+    padded = max(4, row["BLOCKS_PAD"])
+    return shared, {
+        **row,
+        "D": width,
+        "CANDIDATES": (numbers + 1) // 2,
+        "BLOCKS_PAD": padded,
+        "BLOCK_D": columns,
+    }
 
 
 def draw_corrected(proposal, hidden, head, uniform, temperature: float, step):

@@ -250,9 +250,9 @@ def draw_token(capability: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def draw_corrected(width: int, capability: int) -> tuple[int, int]:
-    """The search for candidates with a record, in rows that are a part of a block of columns and in rows of several."""
-    _, row = draw_corrected_triton.kernel_constants(64, 151_936, width, 7, 0.7)
+def draw_corrected(width: int, vocab: int, capability: int) -> tuple[int, int]:
+    """The search for candidates with a record, in rows that are a part of a block of columns and in rows of several, of many blocks of logits and of one."""
+    _, row = draw_corrected_triton.kernel_constants(64, vocab, width, 7, 0.7)
     types = DRAW_TYPES | dict.fromkeys(("hidden_ptr", "head_ptr"), "*bf16")
     blocks = SimpleNamespace(warps=draw_corrected_triton.WARPS, stages=1)
     return compile_kernel(draw_corrected_triton.find_corrected_kernel, types, row | RECORDING, blocks, capability)
@@ -288,8 +288,8 @@ if __name__ == "__main__":
             print(f"gated_activation-{activation}-sm_{target}", *gated_activation(activation, target), flush=True)
         for name, usage in draw_token(target).items():
             print(f"{name}-sm_{target}", *usage, flush=True)
-        for width in (896, 1536, 4096):
-            print(f"find_corrected-{width}-sm_{target}", *draw_corrected(width, target), flush=True)
+        for width, vocab in ((896, 151_936), (1536, 151_936), (4096, 3_000), (64, 700)):
+            print(f"find_corrected-{width}-{vocab}-sm_{target}", *draw_corrected(width, vocab, target), flush=True)
         for cache in ("int8", "float8_e4m3fn")[: 2 if target >= 89 else 1]:
             print(f"decode_attention-{cache}-sm_{target}", *decode_attention(128, target, cache), flush=True)
             print(f"rope_and_cache-{cache}-sm_{target}", *rope_and_cache(target, "i32", cache), flush=True)
