@@ -104,8 +104,8 @@ def copy_x(layer: Layer, refs: Refs) -> None:
         for step in layer.steps:
             if step != ATTENTION:
                 units = list(layer.units(layer.products[step]))
-                for before, unit in zip([None, *units], units, strict=False):
-                    piece = before if before is not None and before.piece else None
+                for previous, unit in zip([None, *units], units, strict=False):
+                    piece = previous if previous is not None and previous.piece else None
                     _copy_unit_of_x(layer, refs, step, unit, used, piece)
                     used = used + unit.last - unit.first
                 if units[-1].piece:
