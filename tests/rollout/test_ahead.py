@@ -19,21 +19,26 @@ CONFIG = RolloutConfig(num_generations=8, max_completion_length=64, stop_token_i
 
 @pytest.mark.parametrize(
     ("settings", "is_bound", "around"),
-    [({}, False, 1), ({"kv_cache": "int8", "prompts_at_once": 3}, True, 16), ({"rollout_weights": "int8"}, True, 7)],
+    [
+        ({}, False, 1),
+        ({"kv_cache": "int8", "prompts_at_once": 3}, True, 16),
+        ({"rollout_weights": "bf16"}, True, 6),
+        ({"rollout_weights": "int8"}, True, 7),
+    ],
     ids=str,
 )
 def test_no_rollout_compiles_a_program_of_the_loop(
-    prompts: Prompts, settings: dict, is_bound: bool, around: int, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, prompts: Prompts, settings: dict, is_bound: bool, around: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with arrays bound to their device, which `jit` tells apart from free ones.
 
-    `around` bounds the programs beside the loop: the result's, those that cut and join parts, those of a merged copy, which has a
-    head that proposes tokens.
+    `around` bounds the programs beside the loop: the result's, those that cut and join parts, those of a merged copy and, in 8 bits,
+    of its head that proposes tokens.
     """
     config, shrunk, shrink = dataclasses.replace(CONFIG, **settings), [], compaction.shrink
     monkeypatch.setattr(compaction, "MIN_ROWS", 2)
     monkeypatch.setattr(compaction, "shrink", lambda *given: (shrunk.append(given[1].shape), shrink(*given))[1])
-    model, base, lora = make_policy(vocab=HEAD_BLOCK)
+    model, base, lora = make_policy(vocab=HEAD_BLOCK) if "int8" in settings.get("rollout_weights", "") else policy
     lora = jax.device_put(lora, jax.devices()[0] if is_bound else None)
     keys = jax.block_until_ready([jax.random.fold_in(jax.random.key(1), number) for number in range(4)])
     how = dict(eos_ids=(5,), pad_id=3)
