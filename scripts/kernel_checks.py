@@ -199,6 +199,7 @@ def check_merge_layer(rng: np.random.Generator) -> float:
             parts = [pallas_kernels.dequantize(made.packed[i], made.scales[i].T, jnp.float32, "fast8") for i in (0, 1)]
             weights.append(np.concatenate(parts))
         worst = max(worst, oracles.relative_error(*weights))
+    return worst
 
 
 def check_draw_corrected(rng: np.random.Generator) -> float:
