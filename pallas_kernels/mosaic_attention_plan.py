@@ -199,7 +199,7 @@ class Given(NamedTuple):
     """What an attention reads of device memory."""
 
     qkv: Any
-    """Partial sums [S, M, (H + 2 K) Hd]."""
+    """Partial sums [S, M, (H + 2 K) Hd] (`mosaic_partial_sums.py`)."""
     cos: Any
     sin: Any
     prompt: tuple[Any, Any]

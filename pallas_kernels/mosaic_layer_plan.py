@@ -181,7 +181,7 @@ class Pieces(NamedTuple):
     """Sums of the tiles that are cut."""
 
     sums: Any
-    """[parts, M, N] in device memory."""
+    """[parts, M, N] in device memory (`mosaic_partial_sums.py`)."""
     counter: Any
     """Of programs that have stored their piece, of all layers of the chain."""
     stored: Any
