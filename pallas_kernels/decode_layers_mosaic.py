@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.codes import LAYER_CODE
-from pallas_kernels.int4_matmul_mosaic import Plan
+from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, Given, attention_memory
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
 from pallas_kernels.mosaic_layer_attention import PIECES

@@ -35,65 +35,14 @@ from jax import lax
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.codes import PER_BYTE, group_size
 from pallas_kernels.mosaic_instructions import ROWS, dequantize, sum_parts, swizzle_bytes, tiled
+from pallas_kernels.mosaic_product_plan import Plan
 
-COPY_REGISTERS = {2: 40, 4: 24}
+COPY_REGISTERS = {2: 40, 3: 32, 4: 24}
 """Registers of a thread that copies, by the number of warp groups that multiply; theirs are `MULTIPLY_REGISTERS`."""
-MULTIPLY_REGISTERS = {2: 232, 4: 112}
+MULTIPLY_REGISTERS = {2: 232, 3: 160, 4: 112}
 
 SCALES_READ = 8
 """Scales of a row that one copy brings: 16 bytes, the least, from an address that 16 divides."""
-
-
-class Plan(NamedTuple):
-    """What is known of a launch before it runs."""
-
-    config: tuning.Int4Config
-    steps: int
-    """Blocks of K."""
-    group: int
-    code: str
-    rank: int
-    b_stacked: bool
-    interpret: bool
-    tiles: int = 1
-    """Of rows of weights."""
-    programs: int = 0
-    """That share the tiles of one split and tile of x, each several in turn; 0: one for each."""
-
-    @property
-    def warpgroups(self) -> int:
-        """Those that multiply; one more copies."""
-        return self.config.block_n // ROWS
-
-    @property
-    def groups(self) -> int:
-        """Groups of a block."""
-        return self.config.block_k // self.group
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a row of a block of weights."""
-        return self.config.block_k // PER_BYTE[self.code]
-
-    def split(self, index, splits: int | None = None) -> tuple:
-        """The first block of a K split, of the config's or of so many, and the one after its last."""
-        # Not `//`: Mosaic's lowering of its signs took a third of a rollout's.
-        splits = self.config.split_k if splits is None else splits
-        return tuple(lax.div(jnp.int32(end * self.steps), jnp.int32(splits)) for end in (index, index + 1))
-
-    def turns(self) -> Any:
-        """Tiles that this program takes."""
-        left = self.tiles - lax.axis_index("n")
-        return lax.div(left + self.programs - 1, self.programs) if self.programs else 1
-
-    def each_tile(self, body: Callable[[Any, Any], None]) -> None:
-        """Call `body` with each of the program's tiles, and how many blocks it had before."""
-        first = lax.axis_index("n")
-        if not self.programs:
-            body(first, 0)
-        else:
-            loop = pl.loop(0, self.turns())
-            loop(lambda turn: body(first + turn * self.programs, turn * self.steps))
 
 
 class _Ring(NamedTuple):
@@ -125,14 +74,13 @@ class _Refs(NamedTuple):
 
 def _copy_blocks(plan: Plan, refs: _Refs) -> None:
     """Fill the ring, a slot as soon as all who multiply have read it."""
-    config, layer = plan.config, refs.layer[0]
-    first, last = plan.split(lax.axis_index("split"))
-    rows_m = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
+    config, layer, share = plan.config, refs.layer[0], plan.share()
 
     def copy_tile(tile, used):
-        rows_n, start = pl.ds(tile * config.block_n, config.block_n), used - first
+        (row_m, row_n), start = plan.place(tile), used - share.first
+        rows_m, rows_n = pl.ds(row_m, config.block_m), pl.ds(row_n, config.block_n)
 
-        @pl.loop(first, last)
+        @pl.loop(share.first, share.last)
         def _(step):
             slot = lax.rem(start + step, config.stages)
 
@@ -148,88 +96,102 @@ def _copy_blocks(plan: Plan, refs: _Refs) -> None:
             copy(refs.scales.at[layer, rows_n, scales], refs.ring.scales)
             copy(refs.x.at[rows_m, pl.ds(step * config.block_k, config.block_k)], refs.ring.x)
 
-    plan.each_tile(copy_tile)
+    share.each_tile(copy_tile)
     if plan.interpret:  # which asks who fills a ring to wait until it is read
-        used = plan.turns() * (last - first)
+        used = share.turns * (share.last - share.first)
         late = pl.loop(jnp.maximum(0, used - config.stages), used)
         late(lambda block: plgpu.barrier_wait(refs.ring.empty.at[lax.rem(block, config.stages)]))
 
 
 def _multiply_blocks(plan: Plan, refs: _Refs) -> None:
-    """Sums of a warp group's 64 rows of weights over its K split, and the adapter's product in the first one."""
-    config, split, own = plan.config, lax.axis_index("split"), lax.axis_index("warpgroup")
-    rows_m = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
-    has_adapter = pl.when(split == 0) if plan.rank else lambda _: None
-
-    @has_adapter
-    def _():
-        sum_parts(refs.xa.at[:, rows_m], refs.adapter["xa"], 128 * plan.warpgroups, plan.interpret)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(refs.adapter["ready"])
+    """Sums of a warp group's 64 rows of weights over the program's blocks of K, and the adapter's product in the first part."""
+    share, own = plan.share(), lax.axis_index("warpgroup") * ROWS
 
     def multiply_tile(tile, used):
-        rows_n = pl.ds(tile * config.block_n + own * ROWS, ROWS)
+        row_m, row_n = plan.place(tile)
+        rows_m, rows_n = pl.ds(row_m, plan.config.block_m), pl.ds(row_n + own, ROWS)
 
-        def all_blocks(sums):
-            _multiply_ring(plan, refs.ring, sums, used, *plan.split(split))
-
-            @has_adapter
+        def all_products(sums):
+            @pl.when(share.part == 0)
             def _():
-                plgpu.barrier_wait(refs.adapter["ready"])
-                _add_adapter(plan, refs, sums, rows_n)
+                _add_adapter(plan, refs, sums, rows_m, rows_n)
 
+            _multiply_ring(plan, refs.ring, sums, used, share.first, share.last)
             return sums[...]
 
-        sums = pl.run_scoped(all_blocks, plgpu.ACC((ROWS, config.block_m), jnp.float32))
+        sums = pl.run_scoped(all_products, plgpu.ACC((ROWS, plan.config.block_m), jnp.float32))
         sums = plgpu.layout_cast(sums.astype(refs.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-        refs.out.at[split, rows_m, rows_n].T[...] = sums
+        refs.out.at[share.part, rows_m, rows_n].T[...] = sums
 
-    plan.each_tile(multiply_tile)
+    share.each_tile(multiply_tile)
 
 
-def _columns_in_flight(block_m: int, groups: int) -> int:
-    """K that a warp group dequantizes before it waits for the tensor core: what its registers hold beside the sums."""
-    if groups == 2:
-        return 256
-    return 256 if block_m <= 32 else 128 if block_m <= 64 else 64
+def _add_adapter(plan: Plan, refs: _Refs, sums, rows_m, rows_n) -> None:
+    """Add B's rows times x A^T, as many columns at a time as a tile has; first of all, since its reads take as long as the first block does."""
+    if not plan.rank:
+        return
+    layer, width = refs.layer[0] if plan.b_stacked else 0, swizzle_bytes(plan.rank) // 2
+    tiles = [pl.ds(column, width) for column in range(0, plan.rank, width)]
+    b = [plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False) for tile in tiles]
+    sum_parts(refs.xa.at[:, rows_m], refs.adapter["xa"], 128 * plan.warpgroups, plan.interpret)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.adapter["ready"])
+    plgpu.barrier_wait(refs.adapter["ready"])
+    for tile, rows in zip(tiles, b, strict=True):
+        add_product(refs.ring.left, sums, rows, refs.adapter["xa"].at[:, tile])
+        plgpu.wgmma_wait(0)
+
+
+COLUMNS_AN_ITERATION = 512
+"""Columns of K that an iteration of the loop over blocks has at least, if that many are left."""
+
+
+def _groups_in_flight(plan: Plan) -> int:
+    """Groups that the tensor core may read while a warp group dequantizes the next: what its registers hold beside sums, bytes and addresses."""
+    sums, packed, weights, others = plan.config.block_m // 2, plan.block_bytes // 8, plan.group // 4, 40
+    left = MULTIPLY_REGISTERS[plan.warpgroups] - sums - packed - others
+    return max(1, min(2, left // weights))
 
 
 def _multiply_ring(plan: Plan, ring: _Ring, sums, used, first, last) -> None:
     """Add the products of blocks `first` to `last`, the warp group's rows of their weights; `used` blocks of the ring were before.
 
-    The tensor core ends an iteration's blocks in it: what it still reads in registers, the compiler protects within an iteration and
-    not in the next (weights of one group a block came out wrong on an H200). Where registers hold two blocks, an iteration has two.
+    A group is dequantized while the tensor core multiplies those before it. It ends all of an iteration in it: what it still reads in
+    registers, the compiler protects within an iteration and not in the next (weights of one group a block came out wrong on an H200).
     """
-    wait_every = max(1, _columns_in_flight(plan.config.block_m, plan.warpgroups) // plan.group)
-    unroll = 2 if PER_BYTE[plan.code] == 1 and 2 * plan.groups <= wait_every else 1
-    rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+    ahead = _groups_in_flight(plan) - 1
 
     def multiply(steps: list) -> None:
-        before = None
+        issued, ends = 0, []  # groups so far; (the last group of a block, its slot) of the blocks that are not read to their end
         for step in steps:
             slot = lax.rem(used - first + step, plan.config.stages)
-
-            def scales(group, step=step, slot=slot):
-                return ring.scales.at[slot, rows, lax.rem(step * plan.groups, SCALES_READ) + group]
-
             plgpu.barrier_wait(ring.full.at[slot])
-            for index, weights in enumerate(dequantized_groups(plan, ring.packed.at[slot, rows], scales)):
+            ends.append((issued + plan.groups, slot))
+            for index, weights in enumerate(_weights(plan, ring, step, slot)):
                 add_product(ring.left, sums, weights, ring.x.at[slot, :, pl.ds(index * plan.group, plan.group)])
-                if (index + 1) % wait_every == 0 and index + 1 < plan.groups:
-                    plgpu.wgmma_wait(0)
-            if before is not None:
-                plgpu.wgmma_wait(plan.groups)
-                plgpu.barrier_arrive(ring.empty.at[before])
-            before = slot
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(ring.empty.at[before])
+                issued += 1
+                plgpu.wgmma_wait(ahead)
+                if ends[0][0] <= issued - ahead:
+                    plgpu.barrier_arrive(ring.empty.at[ends.pop(0)[1]])
+        if ends:
+            plgpu.wgmma_wait(0)
+        for _, slot in ends:
+            plgpu.barrier_arrive(ring.empty.at[slot])
 
+    several = max(1, COLUMNS_AN_ITERATION // plan.config.block_k)
     left = first
-    if unroll > 1:
-        several = lax.div(last - first, unroll)
-        pl.loop(0, several)(lambda turn: multiply([first + turn * unroll + i for i in range(unroll)]))
-        left = first + several * unroll
+    if several > 1:
+        turns = lax.div(last - first, several)
+        pl.loop(0, turns)(lambda turn: multiply([first + turn * several + i for i in range(several)]))
+        left = first + several * turns
     pl.loop(left, last)(lambda step: multiply([step]))
+
+
+def _weights(plan: Plan, ring: _Ring, step, slot) -> Iterator[Any]:
+    """The groups of a warp group's rows of the block in a slot, each [64, G]."""
+    rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+    first = lax.rem(step * plan.groups, SCALES_READ)
+    return dequantized_groups(plan, ring.packed.at[slot, rows], lambda group: ring.scales.at[slot, rows, first + group])
 
 
 def dequantized_groups(plan: Plan, packed, scales: Callable[[int], Any]) -> Iterator[Any]:
@@ -239,16 +201,6 @@ def dequantized_groups(plan: Plan, packed, scales: Callable[[int], Any]) -> Iter
     for index in range(plan.groups):
         scale = plgpu.load(scales(index), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         yield dequantize(words[:, index * group_bytes : (index + 1) * group_bytes], scale, plan.code, plan.interpret)
-
-
-def _add_adapter(plan: Plan, refs: _Refs, sums, rows_n) -> None:
-    """Add B's rows times x A^T, as many columns at a time as a tile has."""
-    layer, width = refs.layer[0] if plan.b_stacked else 0, swizzle_bytes(plan.rank) // 2
-    for column in range(0, plan.rank, width):
-        tile = pl.ds(column, width)
-        b = plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False)
-        add_product(refs.ring.left, sums, b, refs.adapter["xa"].at[:, tile])
-        plgpu.wgmma_wait(0)
 
 
 def add_product(memory, sums, left, right) -> None:
@@ -312,10 +264,12 @@ def _launch(
     x [M, K] permuted, packed [L, N, K/2 or K], scales [L, N, K/G or more], layer int32 [1], xa [P, M, R] and lora_b [L or 1, N, R].
     """
     (m, k), n, rank = x.shape, packed.shape[1], 0 if xa is None else xa.shape[-1]
-    tiles, steps = n // config.block_n, k // config.block_k
-    # Tiles in turn are of whole K, and have no adapter to wait for.
-    in_turn = programs if not rank and config.split_k == 1 and m == config.block_m and tiles > programs else 0
-    plan = Plan(config, steps, group, code, rank, bool(rank) and lora_b.shape[0] > 1, interpret, tiles, in_turn)
+    tiles_m, steps = m // config.block_m, k // config.block_k
+    tiles, b_stacked = tiles_m * (n // config.block_n), bool(rank) and lora_b.shape[0] > 1
+    # Tiles in turn are of whole K, or the rest of it, and have no adapter to wait for.
+    in_turn = config.rest or (not rank and config.split_k == 1 and tiles > programs)
+    shared = programs if in_turn else 0
+    plan = Plan(config, steps, group, code, rank, b_stacked, interpret, tiles, tiles_m, shared)
 
     def kernel(*refs):
         arrays, rest = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
@@ -333,9 +287,9 @@ def _launch(
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else out_dtype),
-        grid=(m // config.block_m, in_turn or tiles, config.split_k),
-        grid_names=("m", "n", "split"),
+        out_type=jax.ShapeDtypeStruct((config.parts, m, n), out_dtype),
+        grid=plan.grid,
+        grid_names=("program", "split"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(_ring_memory(plan, x.dtype, packed.dtype, scales.dtype), _adapter_memory(plan, x.dtype)),
@@ -360,14 +314,17 @@ def partial_sums(
     interpret: bool = False,
     programs: int | None = None,
 ):
-    """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
+    """Launch the kernel: [S, M, N], parts rounded to `out_dtype` before they are added (to float32, by who reads them).
 
-    `permuted` is x with permuted columns; `programs` take the tiles of a large product in turn, by default as many as the GPU has
+    `permuted` is x with permuted columns; `programs` share the tiles of a large product, or the rest of K, by default as many as the GPU has
     multiprocessors; the other arguments are those of `int4_matmul_triton.partial_sums`.
     """
     config = _fitting(config, 0 if xa is None else xa.shape[-1], code)
+    programs = dispatch.current_device().multiprocessors if programs is None else programs
     m = permuted.shape[0]
     rows = math.ceil(m / config.block_m) * config.block_m
+    if rows // config.block_m * (packed.shape[-2] // config.block_n) >= programs:
+        config = replace(config, rest=0)  # no program is left over
     if packed.ndim == 2:
         packed, scales = packed[None], scales[None]
     if xa is not None:
@@ -391,7 +348,7 @@ def partial_sums(
         group=group,
         code=code,
         config=config,
-        programs=dispatch.current_device().multiprocessors if programs is None else programs,
+        programs=programs,
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )

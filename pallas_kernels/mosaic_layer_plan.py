@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.int4_matmul_mosaic import Plan
+from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, attention_memory, memory_bytes
 from pallas_kernels.mosaic_instructions import program_index
 from pallas_kernels.mosaic_ring import Slots

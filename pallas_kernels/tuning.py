@@ -25,7 +25,8 @@ LAYER_BLOCK, LAYER_X_STAGES = 128, 4
 class Int4Config:
     """Blocks of the int4 matmul, and which of its forms.
 
-    Of mosaic, 64 of the `block_n` rows of weights are a warp group's, and `warps` counts those that multiply.
+    Of mosaic, 64 of the `block_n` rows of weights are a warp group's, and `warps` counts those that multiply. K is split evenly
+    (`split_k`), or its last `rest` blocks are left to the programs that have no tile of their own (`mosaic_product_plan.py`).
     """
 
     block_m: int
@@ -35,6 +36,12 @@ class Int4Config:
     product: str
     warps: int
     stages: int
+    rest: int = 0
+
+    @property
+    def parts(self) -> int:
+        """Partial sums of each result."""
+        return 2 if self.rest else self.split_k
 
     def fits(self, m: int, n: int, k: int, group: int) -> bool:
         """Whether the kernel can run this shape: whole groups in a block, whole blocks in K.
@@ -43,7 +50,7 @@ class Int4Config:
         """
         if self.product == MOSAIC and (n % self.block_n or group < 64):
             return False
-        return k % self.block_k == 0 and self.block_k % group == 0 and self.split_k <= k // self.block_k
+        return k % self.block_k == 0 and self.block_k % group == 0 and self.split_k + self.rest <= k // self.block_k
 
 
 @dataclass(frozen=True)

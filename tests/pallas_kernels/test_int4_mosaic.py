@@ -1,6 +1,7 @@
 """The Mosaic GPU form of the int4 product against float64: in Mosaic's interpreter on a CPU, compiled on a GPU."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -35,7 +36,7 @@ def product(x, packed, scales, layer, xa, b, config, code="int4", out_dtype=jnp.
         interpret=INTERPRET,
         **how,
     )
-    assert out.dtype == (jnp.float32 if config.split_k > 1 else out_dtype)
+    assert out.dtype == out_dtype
     return np.asarray(out, np.float64).sum(0)
 
 
@@ -108,6 +109,20 @@ def test_programs_take_tiles_in_turn(k, programs):
     out = product(x, packed, scales, None, None, None, config, "fast8", programs=programs)
     weight = dequantize(packed, np.asarray(scales), np.float64, "fast8")
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
+
+
+@pytest.mark.parametrize(("m", "block_m"), [(5, 16), (96, 32)])
+@pytest.mark.parametrize(("programs", "rest"), [(0, 1), (1, 2), (2, 3), (5, 4)])
+def test_programs_without_a_tile_take_the_rest_of_k(programs, rest, m, block_m):
+    """So many more than tiles; none of them, and all of K is the tiles' own."""
+    rng = np.random.default_rng(programs + m)
+    packed, scales, weight = random_int4(rng, 256, 896, 64)
+    x, xa, b = rows(rng, m, 896), rows(rng, m, 16), rows(rng, 256, 16)
+    config = replace(tuning.mosaic_config(block_m, 128, 128, 1), rest=rest)
+    tiles = 2 * -(-m // block_m)
+    out = product(x, packed, scales, None, xa[None], b, config, programs=tiles + programs)
+    expected = np.asarray(x, np.float64) @ weight.T + np.asarray(xa, np.float64) @ np.asarray(b, np.float64).T
+    assert relative_error(out, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(("m", "blocks"), [(5, (16, 128, 128, 1)), (64, (64, 128, 256, 1)), (64, (64, 256, 128, 1))])
