@@ -42,12 +42,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.codes import LAYER_CODE
-from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, Given, attention_memory
 from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
 from pallas_kernels.mosaic_layer_attention import PIECES
 from pallas_kernels.mosaic_layer_plan import ALL, ATTENTION, FIRST, ONE, Layer, Operands, Pieces, Product, Refs
 from pallas_kernels.mosaic_layer_roles import copy_weights, copy_x, multiply
+from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.mosaic_ring import Slots
 from pallas_kernels.rope_attention import NewTokens
 from pallas_kernels.tuning import LAYER_X_STAGES, Int4Config, layer_attention_tile

@@ -68,7 +68,8 @@ def int4_partial_sums(
 ) -> Float[Array, "S M N"]:
     """`int4_matmul` as the partial sums that the kernel leaves, for a consumer that adds them; not differentiable.
 
-    float32 where the kernel splits K, else one part in `out_dtype`. Arguments and errors are those of `int4_matmul`,
+    One part in `out_dtype`, or several where the kernel splits K: float32, and of its Mosaic GPU form `out_dtype`, each rounded before
+    they are added, about as much as rounding a product once. Arguments and errors are those of `int4_matmul`,
     except that `rows` may bring their permuted columns along (without them, an operation of its own permutes them) and that
     `xa` may come as partial sums.
     """
@@ -116,7 +117,7 @@ def _int8_config(m: int, n: int, k: int, group: int, dtype, scales_dtype) -> tun
 
 
 def _int8_partial_sums(rows: Rows, packed, scales, layer, xa, lora_b, out_dtype, code: str) -> Float[Array, "S M N"]:
-    """What that kernel leaves: float32 where it splits K, else one part in `out_dtype`."""
+    """What that kernel leaves, in `out_dtype`: several parts where it splits K."""
     from pallas_kernels.int4_matmul_mosaic import partial_sums
 
     m, (n, k), group = rows.plain.shape[0], packed.shape[-2:], reference.group_size(packed, scales, code)

@@ -7,14 +7,14 @@ right one is x^T in shared memory. While one group dequantizes, the tensor core 
 next blocks arrive: what Triton's programs, whose warps do all of it in turn, do not overlap (docs/benchmarks.md).
 
 x comes with permuted columns (`rows.permute_columns`), as for the `wgmma` form of `int4_matmul_triton.py`: a thread's four bytes
-of 16 then are the four elements that its fragment wants. The adapter's product is one more of the tensor core at the end,
-in the first K split.
+of 16 then are the four elements that its fragment wants. The adapter's product is one more of the tensor core, the first one of the
+first part of K.
 
 Mosaic's interpreter (jax >= 0.11, on a CPU) runs the same code but for what `mosaic_instructions.py` holds, and takes the
 left operand from shared memory.
 
 Where there are more tiles of whole K than multiprocessors, and no adapter, each of these has one program: it takes tiles in turn, and the
-next one's blocks arrive while it ends the last one.
+next one's blocks arrive while it ends the last one. Where there are fewer, `mosaic_product_plan.py` says who takes what.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -37,7 +37,7 @@ from pallas_kernels.codes import PER_BYTE, group_size
 from pallas_kernels.mosaic_instructions import ROWS, dequantize, sum_parts, swizzle_bytes, tiled
 from pallas_kernels.mosaic_product_plan import Plan
 
-COPY_REGISTERS = {2: 40, 3: 32, 4: 24}
+COPY_REGISTERS = {2: 40, 3: 32, 4: 32}
 """Registers of a thread that copies, by the number of warp groups that multiply; theirs are `MULTIPLY_REGISTERS`."""
 MULTIPLY_REGISTERS = {2: 232, 3: 160, 4: 112}
 
@@ -132,25 +132,18 @@ def _add_adapter(plan: Plan, refs: _Refs, sums, rows_m, rows_n) -> None:
         return
     layer, width = refs.layer[0] if plan.b_stacked else 0, swizzle_bytes(plan.rank) // 2
     tiles = [pl.ds(column, width) for column in range(0, plan.rank, width)]
-    b = [plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False) for tile in tiles]
+
+    def load_b(tile):
+        return plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False)
+
+    b = load_b(tiles[0])
     sum_parts(refs.xa.at[:, rows_m], refs.adapter["xa"], 128 * plan.warpgroups, plan.interpret)
     plgpu.commit_smem()
     plgpu.barrier_arrive(refs.adapter["ready"])
     plgpu.barrier_wait(refs.adapter["ready"])
-    for tile, rows in zip(tiles, b, strict=True):
-        add_product(refs.ring.left, sums, rows, refs.adapter["xa"].at[:, tile])
+    for index, tile in enumerate(tiles):
+        add_product(refs.ring.left, sums, load_b(tile) if index else b, refs.adapter["xa"].at[:, tile])
         plgpu.wgmma_wait(0)
-
-
-COLUMNS_AN_ITERATION = 512
-"""Columns of K that an iteration of the loop over blocks has at least, if that many are left."""
-
-
-def _groups_in_flight(plan: Plan) -> int:
-    """Groups that the tensor core may read while a warp group dequantizes the next: what its registers hold beside sums, bytes and addresses."""
-    sums, packed, weights, others = plan.config.block_m // 2, plan.block_bytes // 8, plan.group // 4, 40
-    left = MULTIPLY_REGISTERS[plan.warpgroups] - sums - packed - others
-    return max(1, min(2, left // weights))
 
 
 def _multiply_ring(plan: Plan, ring: _Ring, sums, used, first, last) -> None:
@@ -159,32 +152,49 @@ def _multiply_ring(plan: Plan, ring: _Ring, sums, used, first, last) -> None:
     A group is dequantized while the tensor core multiplies those before it. It ends all of an iteration in it: what it still reads in
     registers, the compiler protects within an iteration and not in the next (weights of one group a block came out wrong on an H200).
     """
-    ahead = _groups_in_flight(plan) - 1
+    blocks, most = _at_once(plan)
 
     def multiply(steps: list) -> None:
-        issued, ends = 0, []  # groups so far; (the last group of a block, its slot) of the blocks that are not read to their end
+        before, issued = None, 0  # the slot of the block before, until it is read; groups so far
         for step in steps:
             slot = lax.rem(used - first + step, plan.config.stages)
             plgpu.barrier_wait(ring.full.at[slot])
-            ends.append((issued + plan.groups, slot))
-            for index, weights in enumerate(_weights(plan, ring, step, slot)):
-                add_product(ring.left, sums, weights, ring.x.at[slot, :, pl.ds(index * plan.group, plan.group)])
+            for index, weights in enumerate(_weights(plan, ring, step, slot), 1):
+                add_product(ring.left, sums, weights, ring.x.at[slot, :, pl.ds((index - 1) * plan.group, plan.group)])
                 issued += 1
-                plgpu.wgmma_wait(ahead)
-                if ends[0][0] <= issued - ahead:
-                    plgpu.barrier_arrive(ring.empty.at[ends.pop(0)[1]])
-        if ends:
-            plgpu.wgmma_wait(0)
-        for _, slot in ends:
-            plgpu.barrier_arrive(ring.empty.at[slot])
+                running = most - 1 if index < plan.groups else min(most - 1, plan.groups)
+                read = before is not None and running <= index
+                if read or running < issued < len(steps) * plan.groups:
+                    plgpu.wgmma_wait(running)
+                if read:
+                    plgpu.barrier_arrive(ring.empty.at[before])
+                    before = None
+            before = slot
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(ring.empty.at[before])
 
-    several = max(1, COLUMNS_AN_ITERATION // plan.config.block_k)
     left = first
-    if several > 1:
-        turns = lax.div(last - first, several)
-        pl.loop(0, turns)(lambda turn: multiply([first + turn * several + i for i in range(several)]))
-        left = first + several * turns
+    if blocks > 1:
+        turns = lax.div(last - first, blocks)
+        pl.loop(0, turns)(lambda turn: multiply([first + turn * blocks + block for block in range(blocks)]))
+        left = first + blocks * turns
     pl.loop(left, last)(lambda step: multiply([step]))
+
+
+def _at_once(plan: Plan) -> tuple[int, int]:
+    """Blocks of an iteration, and groups of them that the tensor core may read at once: what was fastest on an H200 of what registers hold.
+
+    With more groups, the compiler spilled registers or let the tensor core end each product by itself.
+    """
+    m, block_k, warpgroups = plan.config.block_m, plan.config.block_k, plan.warpgroups
+    if PER_BYTE[plan.code] == 2:
+        others, weights = (
+            m // 2 + plan.block_bytes // 8 + 40,
+            plan.group // 4,
+        )  # registers: sums, bytes and addresses; a group
+        return (max(1, 512 // block_k), 2) if others + 2 * weights <= MULTIPLY_REGISTERS[warpgroups] else (1, 1)
+    columns = 256 if warpgroups == 2 or m <= 32 else 128 if m <= 64 else 64
+    return max(1, columns // block_k), max(1, columns // plan.group)
 
 
 def _weights(plan: Plan, ring: _Ring, step, slot) -> Iterator[Any]:

@@ -245,11 +245,12 @@ def int4_matmul(x, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.
     if parts.shape[0] == 1:
         return parts[0]
     # Slices and additions rather than a reduction: XLA then fuses them with what follows into one elementwise kernel.
-    return functools.reduce(jnp.add, [parts[split] for split in range(parts.shape[0])]).astype(out_dtype)
+    summands = [parts[split].astype(jnp.float32) for split in range(parts.shape[0])]
+    return functools.reduce(jnp.add, summands).astype(out_dtype)
 
 
 def partial_sums(x, permuted, packed, scales, layer, xa, lora_b, out_dtype, config: tuning.Int4Config | None = None):
-    """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`.
+    """Launch the kernel: [S, M, N], float32 or, where K is not split, `out_dtype`; that of the Mosaic form in any case.
 
     `permuted` is x with permuted columns where the caller has it, `config` overrides the tuned blocks and form; `xa` is one
     matrix or, with a leading axis, partial sums.

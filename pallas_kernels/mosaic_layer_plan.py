@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.mosaic_attention_plan import Attention, AttentionRefs, attention_memory, memory_bytes
 from pallas_kernels.mosaic_instructions import program_index
+from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.mosaic_ring import Slots
 from pallas_kernels.tuning import layer_room
 

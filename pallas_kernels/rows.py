@@ -40,5 +40,5 @@ def as_rows(x: Float[Array, "M K"], permuted: bool) -> Rows:
 
 
 def joined(parts: Float[Array, "S *B N"], dtype) -> Float[Array, "*B N"]:
-    """The product that the partial sums add up to, added in their own dtype and rounded once to `dtype`."""
+    """The product that the partial sums add up to, added in float32 where they have 16 bits, and rounded to `dtype`."""
     return (parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)).astype(dtype)

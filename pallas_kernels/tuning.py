@@ -44,7 +44,7 @@ class Int4Config:
         return 2 if self.rest else self.split_k
 
     def fits(self, m: int, n: int, k: int, group: int) -> bool:
-        """Whether the kernel can run this shape: whole groups in a block, whole blocks in K.
+        """Whether the kernel can run this shape: whole groups in a block, whole blocks in K, one of them at least for each part.
 
         Of mosaic also whole blocks in N, and groups of 64 and more.
         """
@@ -177,7 +177,7 @@ def int8_config(m: int, n: int, k: int, group: int, *, multiprocessors: int = 13
     candidates = [e for e in entries if e["blocks"].fits(m, n, k, group)]
     if candidates:
         nearest = min(candidates, key=lambda e: _distance(e, {"m": m, "n": n, "k": k}))["blocks"]
-        return nearest if n // nearest.block_n < multiprocessors else replace(nearest, split_k=1)
+        return nearest if n // nearest.block_n < multiprocessors else replace(nearest, split_k=1, rest=0)
     config = mosaic_heuristic(m, n, k, code="int8")
     return config if config.fits(m, n, k, group) else None
 

@@ -3,7 +3,7 @@
     python scripts/autotune_mosaic.py [--code int4 int8] [--rows 16 64 256] [--shapes llama-3.1-8b]
 
 Times are the kernel's own, read by CUPTI over a stack of layers that does not fit the L2 cache, of int4 with a LoRA epilogue of rank 32 (8-bit
-weights are copies that have the adapter merged in), plus the charge for partial sums that `autotune.py` makes. A configuration
+weights are copies that have the adapter merged in), plus a charge for reading partial sums as `autotune.py` makes it, of 16 bits here. A configuration
 must give the float32 product of the same weights within a percent.
 """
 
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -23,28 +24,61 @@ import jax
 import jax.numpy as jnp
 from bench_kernels import GROUP, RANK, SHAPES
 from jax.experimental.mosaic.gpu import profiler
-from kernel_timing import CACHE_BYTES, partial_sum_us, summary, tuned_entry
+from kernel_timing import CACHE_BYTES, PARTIAL_SUM_BYTES_PER_US, summary, tuned_entry
 
 from pallas_kernels import int4_matmul_mosaic, reference, tuning
 from pallas_kernels.codes import PER_BYTE
 from pallas_kernels.rows import permute_columns
 from pallas_kernels.tuning import Int4Config, mosaic_config
 
+PROGRAMS, MOST = 132, 6
+"""Multiprocessors of an H200, and candidates of a shape that are measured."""
+
 
 def candidates(code: str, m: int, n: int, k: int) -> list[Int4Config]:
-    """Whole rows of x in a tile, or two tiles of 256 and more; the splits of K that come nearest to one program a multiprocessor."""
-    found = []
-    wide = min(max(16, tuning.power_of_two(m)), 256)
-    for block_m in {wide, min(wide, 128)}:
-        for block_n in (256, 128) if block_m <= 128 else (128,):
-            for block_k in (256, 128) if block_m <= 64 else (128,):
-                tiles = -(-m // block_m) * -(-n // block_n)
-                most = max(1, 132 // tiles)
-                for split_k in {most, max(1, most // 2), most + 1 if tiles * (most + 1) < 160 else most}:
-                    config = mosaic_config(block_m, block_n, block_k, split_k, rank=RANK, code=code)
-                    if config.stages >= 2 and config.fits(m, n, k, GROUP):
-                        found.append(config)
-    return found
+    """Those that `estimate` finds fastest, of all blocks that registers and shared memory hold and all shares of K."""
+    found = {}
+    for block_m, block_n, block_k in itertools.product((16, 32, 64, 128, 256), (128, 192, 256), (64, 128, 256, 512)):
+        if block_m > max(16, tuning.power_of_two(m)) or block_n // 64 * block_m > 512 or n % block_n:
+            continue
+        # Rows of 64 bytes come at two thirds of the speed of those of 128 (docs/benchmarks.md), which shows while x has few rows.
+        short = block_k < 128 * PER_BYTE[code] and k % (128 * PER_BYTE[code]) == 0
+        if (block_k == 64 and block_m < 256) or (short and block_m <= 64):
+            continue
+        whole = mosaic_config(block_m, block_n, block_k, 1, rank=RANK, code=code)
+        tiles, steps = -(-m // block_m) * (n // block_n), k // block_k
+        shares = [replace(whole, split_k=split) for split in range(1, 13) if split == 1 or tiles * split <= PROGRAMS]
+        if tiles < PROGRAMS:
+            even = steps * (PROGRAMS - tiles) / PROGRAMS
+            shares += [replace(whole, rest=rest) for rest in {int(even), int(even) - 1, int(0.8 * even)} if rest > 0]
+        for config in shares:
+            if config.stages >= 2 and config.fits(m, n, k, GROUP):
+                found[config] = estimate(code, config, m, n, k)
+    return sorted(found, key=found.__getitem__)[:MOST]
+
+
+def estimate(code: str, config: Int4Config, m: int, n: int, k: int) -> float:
+    """About how many microseconds a product takes: a start and an end, and the blocks that a program multiplies or its bytes, whichever is slower."""
+    warpgroups, steps = config.block_n // 64, k // config.block_k
+    tiles = -(-m // config.block_m) * (n // config.block_n)
+    # It takes 64 x 16 weights from registers in no less than 32 cycles; beside few rows of x, dequantizing shows.
+    tensor_core = warpgroups * config.block_k / 16 * max(32, config.block_m / 2) * 0.0006
+    tensor_core *= {16: 1.1, 32: 1.2, 64: 1.6}.get(config.block_m, 1.14)
+    copied = config.block_n * (config.block_k / PER_BYTE[code] + 16) + 2 * config.block_m * config.block_k
+    block = max(tensor_core, copied / 60e3)
+    if config.rest:
+        turns = -(-tiles // (PROGRAMS - tiles))
+        blocks = max(steps - config.rest, turns * (config.rest + 0.5))
+    else:
+        rounds = 1 if config.split_k > 1 else -(-tiles // PROGRAMS)
+        blocks = rounds * -(-steps // config.split_k)
+    from_memory = n * k * (1 / PER_BYTE[code] + 2 / GROUP) / 4.3e6
+    return 3.2 + max(blocks * block, from_memory) + parts_us(m, n, config)
+
+
+def parts_us(m: int, n: int, config: Int4Config) -> float:
+    """What a consumer is charged for reading parts in 16 bits instead of one result."""
+    return (config.parts - 1) * 2 * m * n / PARTIAL_SUM_BYTES_PER_US
 
 
 def inputs(code: str, m: int, n: int, k: int) -> tuple[tuple, jax.Array]:
@@ -98,7 +132,7 @@ def tune(code: str, m: int, n: int, k: int) -> dict | None:
                 file=sys.stderr,
             )
             if isinstance(result, float):
-                us = result + partial_sum_us(m, n, config.split_k)
+                us = result + parts_us(m, n, config)
                 best = min(best or (us, config), (us, config), key=lambda pair: pair[0])
     return tuned_entry(best, m=m, n=n, k=k)
 

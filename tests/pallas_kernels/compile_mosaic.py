@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,21 @@ from pallas_kernels import LayerMatrix, NewTokens, decode_layers_mosaic, int4_ma
 from pallas_kernels.codes import PER_BYTE
 from tests.rollout.gpu_program import h200
 
-GROUP, LAYERS, N, K, RANK, MULTIPROCESSORS = 64, 2, 2048, 2048, 128, 132
+GROUP, LAYERS, N, K, RANK, MULTIPROCESSORS = 64, 2, 6144, 2048, 128, 132
 DTYPES = {"int4": jnp.uint8, "int8": jnp.int8}
 
 
 def configurations() -> Iterator[tuple[str, tuning.Int4Config]]:
-    """(code, blocks) of the heuristic and of the measurements on an H200; of K's splits only whether there are any matters."""
+    """(code, blocks) of the heuristic and of the measurements on an H200; of K's shares only their kind matters."""
     found = {("int4", tuning.mosaic_heuristic(m, n, K)) for m in (16, 32, 64, 128, 256) for n in (128, N)}
     found |= {("int8", tuning.mosaic_heuristic(m, n, K, code="int8")) for m in (16, 64, 128, 256) for n in (128, N)}
     for code in DTYPES:
         entries = tuning.tuned("NVIDIA H200").get(f"{code}_matmul", [])
         configs = [tuning.Int4Config(**entry["config"]) for entry in entries]
         found |= {(code, config) for config in configs if config.product == tuning.MOSAIC}
-    tiles = {(code, c.block_m, c.block_n, c.block_k, min(c.split_k, 2)) for code, c in found}
-    for code, *blocks in sorted(tiles):
-        yield code, tuning.mosaic_config(*blocks, code=code)
+    tiles = {(code, min(c.rest, 1), c.block_m, c.block_n, c.block_k, min(c.split_k, 2)) for code, c in found}
+    for code, rest, *blocks in sorted(tiles):
+        yield code, replace(tuning.mosaic_config(*blocks, code=code), rest=rest)
 
 
 def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...], int]]:
@@ -101,7 +101,9 @@ def compiled_product(code: str, config: tuning.Int4Config, rank: int, sharding) 
     operands = {name: jax.ShapeDtypeStruct(*of, sharding=sharding) for name, of in shapes.items()}
 
     def product(x, packed, scales, layer, xa=None, lora_b=None):
-        return int4_matmul_mosaic.partial_sums(x, packed, scales, layer, xa, lora_b, jnp.bfloat16, config, code)
+        return int4_matmul_mosaic.partial_sums(
+            x, packed, scales, layer, xa, lora_b, jnp.bfloat16, config, code, programs=MULTIPROCESSORS
+        )
 
     return compiled(product, *operands.values())
 

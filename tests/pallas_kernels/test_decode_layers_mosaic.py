@@ -13,8 +13,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the detec
 
 from pallas_kernels import decode_layers_mosaic, tuning
 from pallas_kernels.codes import LAYER_CODE
-from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.mosaic_layer_plan import Cut, Product
+from pallas_kernels.mosaic_product_plan import Plan
 from pallas_kernels.rows import permute_columns
 from tests.pallas_kernels.oracles import relative_error
 from tests.pallas_kernels.random_layers import (

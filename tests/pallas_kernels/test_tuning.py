@@ -79,6 +79,9 @@ def test_shapes_of_the_mosaic_form(n, k, group, fits):
     mosaic = tuning.mosaic_config(64, 128, 256, 2)
     assert mosaic.fits(64, n, k, group) == fits
     assert not replace(mosaic, split_k=k // 256 + 1).fits(64, n, k, group)
+    # Of K in two parts, the programs with a tile keep a block at least.
+    assert not replace(mosaic, split_k=1, rest=k // 256).fits(64, n, k, group)
+    assert replace(mosaic, split_k=1, rest=1).fits(64, n, k, group) == fits
 
 
 @pytest.fixture
@@ -120,12 +123,14 @@ def test_unmeasured_shapes_get_a_heuristic_that_fits(measured):
         assert tuning.int4_config(64, n, k, group, mosaic=True) == want
 
 
+@pytest.mark.parametrize(("split", "rest"), [(5, 0), (1, 2)])
 @pytest.mark.parametrize(("n", "whole"), [(151_936, True), (132 * 128, True), (3072, False)])
-def test_k_of_weights_in_8_bits_is_not_split_where_their_rows_fill_the_gpu(n, whole, monkeypatch):
-    nearest = tuning.mosaic_config(64, 128, 128, 5, code="int8")
+def test_k_of_weights_in_8_bits_is_not_split_where_their_rows_fill_the_gpu(n, whole, split, rest, monkeypatch):
+    nearest = tuning.mosaic_config(64, 128, 128, split, code="int8")
+    nearest = replace(nearest, rest=rest)
     entries = [tuning.as_entry(nearest, m=64, n=3072, k=3072, us=9.0)]
     monkeypatch.setattr(tuning, "tuned", lambda name: {"int8_matmul": entries})
-    assert tuning.int8_config(64, n, 896, 64) == (replace(nearest, split_k=1) if whole else nearest)
+    assert tuning.int8_config(64, n, 896, 64) == (replace(nearest, split_k=1, rest=0) if whole else nearest)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
