@@ -329,9 +329,10 @@ def partial_sums(
     `permuted` is x with permuted columns; `programs` share the tiles of a large product, or the rest of K, by default as many as the GPU has
     multiprocessors; the other arguments are those of `int4_matmul_triton.partial_sums`.
     """
+    m = permuted.shape[0]
+    config = replace(config, block_m=min(config.block_m, max(16, tuning.power_of_two(m))))  # it may be of more rows
     config = _fitting(config, 0 if xa is None else xa.shape[-1], code)
     programs = dispatch.current_device().multiprocessors if programs is None else programs
-    m = permuted.shape[0]
     rows = math.ceil(m / config.block_m) * config.block_m
     if rows // config.block_m * (packed.shape[-2] // config.block_n) >= programs:
         config = replace(config, rest=0)  # no program is left over

@@ -135,11 +135,13 @@ def _distance(entry: dict, shape: dict[str, int]) -> float:
 def int4_config(m: int, n: int, k: int, group: int, *, mosaic: bool = False) -> Int4Config:
     """The blocks for x [M, K] @ W [N, K]^T on the current device; `mosaic`: its form may be chosen (`dispatch.mosaic_problem`).
 
-    A shape may have been measured with both, and the faster one is taken.
+    A shape may have been measured with both, and with more rows, which take no less time: the fastest is taken.
     """
     device = dispatch.current_device()
     entries = [e | {"blocks": Int4Config(**e["config"])} for e in tuned(device.name).get("int4_matmul", [])]
     candidates = [e for e in entries if e["blocks"].fits(m, n, k, group) and (mosaic or e["blocks"].product != MOSAIC)]
+    if measured := [e for e in candidates if (e["n"], e["k"]) == (n, k) and e["m"] >= m]:
+        return min(measured, key=lambda e: (e["us"], e["m"]))["blocks"]
     if candidates:
         return min(candidates, key=lambda e: (_distance(e, {"m": m, "n": n, "k": k}), e["us"]))["blocks"]
     if mosaic and (config := mosaic_heuristic(m, n, k)).fits(m, n, k, group) and m > 16:

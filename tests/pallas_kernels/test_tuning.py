@@ -170,6 +170,19 @@ def test_nearest_tuned_entry_that_fits_is_taken(monkeypatch):
     assert tuning.attention_config(2048, 256, 128, 4).suffix_splits == 1
 
 
+def test_blocks_measured_with_more_rows_are_taken_where_they_were_faster(monkeypatch):
+    slow, fast = (tuning.mosaic_config(block_m, 128, 128, 1) for block_m in (64, 128))
+    shape = {"n": 512, "k": 1024}
+    entries = [tuning.as_entry(slow, m=64, us=9.0, **shape), tuning.as_entry(fast, m=128, us=8.0, **shape)]
+    monkeypatch.setattr(tuning, "tuned", lambda name: {"int4_matmul": entries})
+    assert tuning.int4_config(64, 512, 1024, 64, mosaic=True) == fast
+    # The nearest: of another shape, times say nothing.
+    assert tuning.int4_config(64, 512, 2048, 64, mosaic=True) == slow
+    entries[1]["us"] = 9.5
+    assert tuning.int4_config(64, 512, 1024, 64, mosaic=True) == slow
+    assert tuning.int4_config(65, 512, 1024, 64, mosaic=True) == fast
+
+
 def test_attention_that_reads_the_prompt_in_every_program_is_not_taken_for_fewer_rows(monkeypatch):
     whole, split = AttentionConfig(64, 16, 1, 0, 4, 3, generations=2), AttentionConfig(64, 32, 2, 2, 4, 3)
     shapes = [(512, 64, whole), (2048, 256, split)]
