@@ -188,11 +188,9 @@ def _at_once(plan: Plan) -> tuple[int, int]:
     """
     m, block_k, warpgroups = plan.config.block_m, plan.config.block_k, plan.warpgroups
     if PER_BYTE[plan.code] == 2:
-        others, weights = (
-            m // 2 + plan.block_bytes // 8 + 40,
-            plan.group // 4,
-        )  # registers: sums, bytes and addresses; a group
-        return (max(1, 512 // block_k), 2) if others + 2 * weights <= MULTIPLY_REGISTERS[warpgroups] else (1, 1)
+        sums, packed, group, others = m // 2, plan.block_bytes // 8, plan.group // 4, 40  # registers
+        fit = sums + packed + 2 * group + others <= MULTIPLY_REGISTERS[warpgroups]
+        return (max(1, 512 // block_k), 2) if fit else (1, 1)
     columns = 256 if warpgroups == 2 or m <= 32 else 128 if m <= 64 else 64
     return max(1, columns // block_k), max(1, columns // plan.group)
 

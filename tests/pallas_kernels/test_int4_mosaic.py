@@ -100,13 +100,13 @@ def test_product_with_eight_bits(m, n, k, group, blocks, code):
 
 
 @pytest.mark.parametrize("programs", [2, 3, 5])
-@pytest.mark.parametrize("k", [128, 1536])
-def test_programs_take_tiles_in_turn(k, programs):
-    """Five tiles; the ring goes on from one to the next, whether it holds a tile's blocks or not."""
+@pytest.mark.parametrize(("m", "k"), [(33, 128), (33, 1536), (96, 512)])
+def test_programs_take_tiles_in_turn(m, k, programs):
+    """Five tiles, or ten of 64 rows of x each; the ring goes on from one to the next, whether it holds a tile's blocks or not."""
     rng = np.random.default_rng(k)
     packed = rng.integers(0, 256, (640, k)).astype(np.uint8)
     scales = jnp.asarray(rng.uniform(0.01, 0.02, (640, k // 64)), jnp.bfloat16)
-    x, config = rows(rng, 33, k), tuning.mosaic_config(64, 128, 128, 1, code="fast8")
+    x, config = rows(rng, m, k), tuning.mosaic_config(64, 128, 128, 1, code="fast8")
     out = product(x, packed, scales, None, None, None, config, "fast8", programs=programs)
     weight = dequantize(packed, np.asarray(scales), np.float64, "fast8")
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
