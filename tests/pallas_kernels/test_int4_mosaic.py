@@ -99,8 +99,9 @@ def test_product_with_eight_bits(m, n, k, group, blocks, code):
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
 
 
-@pytest.mark.parametrize("programs", [2, 3, 5])
-@pytest.mark.parametrize(("m", "k"), [(33, 128), (33, 1536), (96, 512)])
+@pytest.mark.parametrize(
+    ("m", "k", "programs"), [*((33, k, programs) for k in (128, 1536) for programs in (2, 3, 5)), (96, 512, 3)]
+)
 def test_programs_take_tiles_in_turn(m, k, programs):
     """Five tiles, or ten of 64 rows of x each; the ring goes on from one to the next, whether it holds a tile's blocks or not."""
     rng = np.random.default_rng(k)
@@ -112,8 +113,9 @@ def test_programs_take_tiles_in_turn(m, k, programs):
     assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
 
 
-@pytest.mark.parametrize(("m", "block_m"), [(5, 16), (96, 32)])
-@pytest.mark.parametrize(("programs", "rest"), [(0, 1), (1, 2), (2, 3), (5, 4)])
+@pytest.mark.parametrize(
+    ("programs", "rest", "m", "block_m"), [(0, 1, 5, 16), (1, 2, 96, 32), (2, 3, 5, 16), (5, 4, 96, 32)]
+)
 def test_programs_without_a_tile_take_the_rest_of_k(programs, rest, m, block_m):
     """So many more than tiles; none of them, and all of K is the tiles' own."""
     rng = np.random.default_rng(programs + m)
