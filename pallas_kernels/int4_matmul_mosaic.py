@@ -276,12 +276,12 @@ def _launch(
     tiles, b_stacked = tiles_m * (n // config.block_n), bool(rank) and lora_b.shape[0] > 1
     # Tiles in turn are of whole K, or the rest of it, and have no adapter to wait for.
     in_turn = config.rest or (not rank and config.split_k == 1 and tiles > programs)
-    shared = programs if in_turn else 0
-    plan = Plan(config, steps, group, code, rank, b_stacked, interpret, tiles, tiles_m, shared)
+    sharing = programs if in_turn else 0
+    plan = Plan(config, steps, group, code, rank, b_stacked, interpret, tiles, tiles_m, sharing)
 
     def kernel(*refs):
-        arrays, rest = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
-        refs, role = _Refs(*arrays, *rest), lax.axis_index("warpgroup")
+        arrays, others = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
+        refs, role = _Refs(*arrays, *others), lax.axis_index("warpgroup")
 
         @pl.when(role == plan.warpgroups)
         def _():

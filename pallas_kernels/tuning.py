@@ -1,7 +1,8 @@
 """Block sizes of the kernels: measured ones from `tuned/<device>.json`, else a heuristic.
 
 `scripts/autotune.py` writes the files. A file lists, for each operation, shapes with the fastest configuration; a shape
-that is not listed takes the entry that is nearest in log size among those that fit it.
+that is not listed takes the entry that is nearest in log size among those that fit it. (Of the int4 matmul, the fastest entry of its N and K
+with at least its rows comes first.)
 """
 
 import functools
