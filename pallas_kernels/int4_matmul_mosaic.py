@@ -7,24 +7,25 @@ right one is x^T in shared memory. While one group dequantizes, the tensor core 
 next blocks arrive: what Triton's programs, whose warps do all of it in turn, do not overlap (docs/benchmarks.md).
 
 x comes with permuted columns (`rows.permute_columns`), as for the `wgmma` form of `int4_matmul_triton.py`: a thread's four bytes
-of 16 then are the four elements that its fragment wants. The adapter's product is one more of the tensor core, the first one of the
-first part of K.
+of 16 then are the four elements that its fragment wants. The adapter's product is one more of the tensor core, of the first part of K: the
+last one, or the first where registers do not hold B so long.
+
+Results of 64 rows of x and more go to memory by way of slots of the ring that nobody fills, in whole lines: threads by themselves would write 16
+bytes of a row each, which took up to 3 of 20 us (docs/benchmarks.md).
 
 Mosaic's interpreter (jax >= 0.11, on a CPU) runs the same code but for what `mosaic_instructions.py` holds, and takes the
 left operand from shared memory.
 
 Where there are more tiles of whole K than multiprocessors, and no adapter, each of these has one program: it takes tiles in turn, and the
-next one's blocks arrive while it ends the last one. Where there are fewer, `mosaic_product_plan.py` says who takes what.
+next one's blocks arrive while it ends the last one. Otherwise `mosaic_product_plan.py` says who takes what.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Mosaic GPU needs a newer jax than the one the CPU's tests are checked with.
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -33,221 +34,183 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.codes import PER_BYTE, group_size
-from pallas_kernels.mosaic_instructions import ROWS, dequantize, sum_parts, swizzle_bytes, tiled
-from pallas_kernels.mosaic_product_plan import Plan
+from pallas_kernels.codes import group_size
+from pallas_kernels.mosaic_instructions import ROWS, swizzle_bytes, tiled
+from pallas_kernels.mosaic_product_plan import Plan, Share, can_cut
+from pallas_kernels.mosaic_product_steps import (
+    MULTIPLY_REGISTERS,
+    SCALES_READ,
+    Block,
+    Part,
+    Refs,
+    Ring,
+    add_adapter,
+    begin_store,
+    end_store,
+    fill_slot,
+    keeps_b,
+    load_b,
+    multiply_blocks,
+    sum_xa,
+)
 
 COPY_REGISTERS = {2: 40, 3: 32, 4: 32}
 """Registers of a thread that copies, by the number of warp groups that multiply; theirs are `MULTIPLY_REGISTERS`."""
-MULTIPLY_REGISTERS = {2: 232, 3: 160, 4: 112}
-
-SCALES_READ = 8
-"""Scales of a row that one copy brings: 16 bytes, the least, from an address that 16 divides."""
+RING_ROWS = 64
+"""Results of so many rows of x go through the ring; of 16, threads store them as fast."""
 
 
-class _Ring(NamedTuple):
-    """Slots in shared memory that are filled with blocks and multiplied, and their barriers."""
-
-    x: Any
-    packed: Any
-    scales: Any
-    full: Any
-    empty: Any
-    left: Any
-    """Of the interpreter: where a warp group puts its left operand; None on a GPU."""
-
-
-class _Refs(NamedTuple):
-    """Arrays in device memory, then what the warp groups of a program share."""
-
-    x: Any
-    packed: Any
-    scales: Any
-    layer: Any
-    xa: Any
-    b: Any
-    out: Any
-    ring: _Ring
-    adapter: dict
-    """Its x A^T in shared memory and the barrier that says so, or nothing."""
-
-
-def _copy_blocks(plan: Plan, refs: _Refs) -> None:
-    """Fill the ring, a slot as soon as all who multiply have read it."""
-    config, layer, share = plan.config, refs.layer[0], plan.share()
+def _copy(plan: Plan, refs: Refs) -> None:
+    """Fill the ring for all that the program multiplies."""
+    config, share = plan.config, plan.share()
+    rounds = plan.rounds(share)
 
     def copy_tile(tile, used):
-        (row_m, row_n), start = plan.place(tile), used - share.first
-        rows_m, rows_n = pl.ds(row_m, config.block_m), pl.ds(row_n, config.block_n)
+        row_m, row_n = plan.place(tile)
 
-        @pl.loop(share.first, share.last)
-        def _(step):
-            slot = lax.rem(start + step, config.stages)
+        def block_of_tile(slot, step) -> None:
+            fill_slot(plan, refs, slot, [Part(step, row_n, config.block_n, row_m, config.block_m)])
 
-            @pl.when(start + step >= config.stages)
-            def _():
-                plgpu.barrier_wait(refs.ring.empty.at[slot])
+        @pl.loop(0, rounds)
+        def _(index):
+            if not config.cut:
+                block_of_tile(used + index, share.first + index)
+                return
+            slot, steps = used + index * plan.round, plan.steps_of(index)
+            for block, step in enumerate(steps):
+                block_of_tile(slot + block, step)
+            piece_m, piece_n = plan.piece()
+            of_piece = [Part(step, piece_n, ROWS, piece_m, config.cut) for step in steps]
+            fill_slot(plan, refs, slot + len(steps), of_piece)
 
-            def copy(source, ring):
-                plgpu.copy_gmem_to_smem(source, ring.at[slot], refs.ring.full.at[slot])
+        for lent in range(plan.lent):
+            fill_slot(plan, refs, used + rounds * plan.round + lent, [])
 
-            copy(refs.packed.at[layer, rows_n, pl.ds(step * plan.block_bytes, plan.block_bytes)], refs.ring.packed)
-            scales = pl.ds(step * plan.groups // SCALES_READ * SCALES_READ, SCALES_READ)
-            copy(refs.scales.at[layer, rows_n, scales], refs.ring.scales)
-            copy(refs.x.at[rows_m, pl.ds(step * config.block_k, config.block_k)], refs.ring.x)
-
-    share.each_tile(copy_tile)
+    share.each_tile(copy_tile, rounds * plan.round + plan.lent)
     if plan.interpret:  # which asks who fills a ring to wait until it is read
-        used = share.turns * (share.last - share.first)
+        used = share.turns * (rounds * plan.round + plan.lent)
         late = pl.loop(jnp.maximum(0, used - config.stages), used)
         late(lambda block: plgpu.barrier_wait(refs.ring.empty.at[lax.rem(block, config.stages)]))
 
 
-def _multiply_blocks(plan: Plan, refs: _Refs) -> None:
-    """Sums of a warp group's 64 rows of weights over the program's blocks of K, and the adapter's product in the first part."""
-    share, own = plan.share(), lax.axis_index("warpgroup") * ROWS
+def _multiply(plan: Plan, refs: Refs) -> None:
+    """Sums of all that the program multiplies."""
+    share, sums = plan.share(), [plgpu.ACC((ROWS, plan.config.block_m), jnp.float32)]
+    if plan.config.cut:
+        sums.append(plgpu.ACC((ROWS, plan.config.cut), jnp.float32))
 
     def multiply_tile(tile, used):
-        row_m, row_n = plan.place(tile)
-        rows_m, rows_n = pl.ds(row_m, plan.config.block_m), pl.ds(row_n + own, ROWS)
+        pl.run_scoped(partial(_multiply_tile, plan, refs, share, tile, used), *sums)
 
-        def all_products(sums):
-            @pl.when(share.part == 0)
-            def _():
-                _add_adapter(plan, refs, sums, rows_m, rows_n)
-
-            _multiply_ring(plan, refs.ring, sums, used, share.first, share.last)
-            return sums[...]
-
-        sums = pl.run_scoped(all_products, plgpu.ACC((ROWS, plan.config.block_m), jnp.float32))
-        sums = plgpu.layout_cast(sums.astype(refs.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-        refs.out.at[share.part, rows_m, rows_n].T[...] = sums
-
-    share.each_tile(multiply_tile)
+    share.each_tile(multiply_tile, plan.rounds(share) * plan.round + plan.lent)
 
 
-def _add_adapter(plan: Plan, refs: _Refs, sums, rows_m, rows_n) -> None:
-    """Add B's rows times x A^T, as many columns at a time as a tile has; first of all, since its reads take as long as the first block does."""
-    if not plan.rank:
-        return
-    layer, width = refs.layer[0] if plan.b_stacked else 0, swizzle_bytes(plan.rank) // 2
-    tiles = [pl.ds(column, width) for column in range(0, plan.rank, width)]
+def _multiply_tile(plan: Plan, refs: Refs, share: Share, tile, used, sums, piece_sums=None) -> None:
+    """A warp group's rows of a tile. A piece's blocks are between the tile's: by themselves, their copies were waited for."""
+    (row_m, row_n), warpgroup, rounds = plan.place(tile), lax.axis_index("warpgroup"), plan.rounds(share)
+    rows_m, rows_n = pl.ds(row_m, plan.config.block_m), pl.ds(row_n + warpgroup * ROWS, ROWS)
+    last = plan.rank and keeps_b(plan)
 
-    def load_b(tile):
-        return plgpu.load(refs.b.at[layer, rows_n, tile], layout=plgpu.Layout.WGMMA, optimized=False)
+    def blocks_of(index) -> list[Block]:
+        if not plan.config.cut:
+            return [Block(share.first + index, sums, slice(None))]
+        of_tile = [Block(step, sums, slice(None)) for step in plan.steps_of(index)]
+        rows = pl.ds(warpgroup * plan.config.cut, plan.config.cut)
+        return [*of_tile, Block(index * plan.warpgroups + warpgroup, piece_sums, rows)]
 
-    b = load_b(tiles[0])
-    sum_parts(refs.xa.at[:, rows_m], refs.adapter["xa"], 128 * plan.warpgroups, plan.interpret)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(refs.adapter["ready"])
-    plgpu.barrier_wait(refs.adapter["ready"])
-    for index, tile in enumerate(tiles):
-        add_product(refs.ring.left, sums, load_b(tile) if index else b, refs.adapter["xa"].at[:, tile])
-        plgpu.wgmma_wait(0)
+    def adapter() -> None:
+        @pl.when(share.part == 0)
+        def _():
+            plgpu.barrier_wait(refs.adapter["ready"])
+            add_adapter(plan, refs, sums, b, rows_n, slice(None))
 
-
-def _multiply_ring(plan: Plan, ring: _Ring, sums, used, first, last) -> None:
-    """Add the products of blocks `first` to `last`, the warp group's rows of their weights; `used` blocks of the ring were before.
-
-    A group is dequantized while the tensor core multiplies those before it. It ends all of an iteration in it: what it still reads in
-    registers, the compiler protects within an iteration and not in the next (weights of one group a block came out wrong on an H200).
-    """
-    blocks, most = _at_once(plan)
-
-    def multiply(steps: list) -> None:
-        before, issued = None, 0  # the slot of the block before, until it is read; groups so far
-        for step in steps:
-            slot = lax.rem(used - first + step, plan.config.stages)
-            plgpu.barrier_wait(ring.full.at[slot])
-            for index, weights in enumerate(_weights(plan, ring, step, slot), 1):
-                add_product(ring.left, sums, weights, ring.x.at[slot, :, pl.ds((index - 1) * plan.group, plan.group)])
-                issued += 1
-                running = most - 1 if index < plan.groups else min(most - 1, plan.groups)
-                read = before is not None and running <= index
-                if read or running < issued < len(steps) * plan.groups:
-                    plgpu.wgmma_wait(running)
-                if read:
-                    plgpu.barrier_arrive(ring.empty.at[before])
-                    before = None
-            before = slot
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(ring.empty.at[before])
-
-    left = first
-    if blocks > 1:
-        turns = lax.div(last - first, blocks)
-        pl.loop(0, turns)(lambda turn: multiply([first + turn * blocks + block for block in range(blocks)]))
-        left = first + blocks * turns
-    pl.loop(left, last)(lambda step: multiply([step]))
+    if plan.rank:
+        b = load_b(plan, refs, rows_n)
+        pl.when(share.part == 0)(lambda: sum_xa(plan, refs, rows_m))
+        if not last:
+            adapter()
+    multiply_blocks(plan, refs.ring, used, rounds, blocks_of)
+    if last:
+        adapter()
+    out, lent = refs.out.at[share.part, rows_m, rows_n], used + rounds * plan.round
+    if plan.lent:
+        begin_store(plan, refs.ring, lent, sums[...].astype(refs.out.dtype), out)
+    else:
+        _store(sums[...], out)
+    if plan.config.cut:
+        _end_piece(plan, refs, piece_sums)
+    if plan.lent:
+        end_store(plan, refs.ring, lent)
 
 
-def _at_once(plan: Plan) -> tuple[int, int]:
-    """Blocks of an iteration, and groups of them that the tensor core may read at once: what was fastest on an H200 of what registers hold.
+def _end_piece(plan: Plan, refs: Refs, sums) -> None:
+    """The first warp group adds up all that they have of K, and the adapter's product."""
+    (row_m, row_n), warpgroup, others = plan.piece(), lax.axis_index("warpgroup"), refs.exchange["sums"]
+    rows_m, rows_n = pl.ds(row_m, plan.config.cut), pl.ds(row_n, ROWS)
 
-    With more groups, the compiler spilled registers or let the tensor core end each product by itself.
-    """
-    m, block_k, warpgroups = plan.config.block_m, plan.config.block_k, plan.warpgroups
-    if PER_BYTE[plan.code] == 2:
-        sums, packed, group, others = m // 2, plan.block_bytes // 8, plan.group // 4, 40  # registers
-        fit = sums + packed + 2 * group + others <= MULTIPLY_REGISTERS[warpgroups]
-        return (max(1, 512 // block_k), 2) if fit else (1, 1)
-    columns = 256 if warpgroups == 2 or m <= 32 else 128 if m <= 64 else 64
-    return max(1, columns // block_k), max(1, columns // plan.group)
+    @pl.when(warpgroup > 0)
+    def _():
+        others.at[warpgroup - 1][...] = sums[...]
+        plgpu.barrier_arrive(refs.exchange["ready"])
 
-
-def _weights(plan: Plan, ring: _Ring, step, slot) -> Iterator[Any]:
-    """The groups of a warp group's rows of the block in a slot, each [64, G]."""
-    rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
-    first = lax.rem(step * plan.groups, SCALES_READ)
-    return dequantized_groups(plan, ring.packed.at[slot, rows], lambda group: ring.scales.at[slot, rows, first + group])
-
-
-def dequantized_groups(plan: Plan, packed, scales: Callable[[int], Any]) -> Iterator[Any]:
-    """The groups of a warp group's rows of a block, each [64, G]; `scales` gives the place of a group's [64]."""
-    group_bytes = plan.group // PER_BYTE[plan.code]
-    words = plgpu.load(packed, layout=plgpu.Layout.WGMMA_8BIT)
-    for index in range(plan.groups):
-        scale = plgpu.load(scales(index), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        yield dequantize(words[:, index * group_bytes : (index + 1) * group_bytes], scale, plan.code, plan.interpret)
+    @pl.when(warpgroup == 0)
+    def _():
+        if plan.rank:
+            add_adapter(plan, refs, sums, load_b(plan, refs, rows_n), rows_n, rows_m)
+        plgpu.barrier_wait(refs.exchange["ready"])
+        layout = plgpu.Layout.WGMMA
+        theirs = [plgpu.load(others.at[other], layout=layout, optimized=False) for other in range(plan.warpgroups - 1)]
+        _store(sum(theirs, sums[...]), refs.out.at[0, rows_m, rows_n])
 
 
-def add_product(memory, sums, left, right) -> None:
-    """sums += left @ right^T, begun but not awaited; `left` is in registers, and of the interpreter first put into `memory`."""
-    if memory is not None:
-        shared = memory.at[lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
-        shared[...] = left
-        plgpu.commit_smem()
-        left = shared
-    plgpu.wgmma(sums, left, right.T)
+def _store(sums, out) -> None:
+    """[64, M] in registers to [M, 64]."""
+    out.T[...] = plgpu.layout_cast(sums.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-def _ring_memory(plan: Plan, x_dtype, packed_dtype, scales_dtype) -> _Ring:
-    """What `_Ring` has."""
+def _ring_memory(plan: Plan, x_dtype, packed_dtype, scales_dtype) -> Ring:
+    """What `Ring` has."""
     config = plan.config
     stages, left = config.stages, None
+    x = plgpu.SMEM((stages, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2))
+    results = plgpu.SMEM((stages * config.block_k // ROWS, config.block_m, ROWS), x_dtype, transforms=tiled(128, 2))
+    rows = (x, results if plan.lent else None)
+    if plan.lent and not plan.interpret:  # which takes two names of a memory for a race
+        rows = plgpu.RefUnion(*rows)
     if plan.interpret:
         width, transforms = max(plan.group, plan.rank), tiled(swizzle_bytes(plan.rank or plan.group), 2)
         left = plgpu.SMEM((plan.warpgroups, ROWS, width), x_dtype, transforms=transforms)
-    return _Ring(
-        plgpu.SMEM((stages, config.block_m, config.block_k), x_dtype, transforms=tiled(128, 2)),
+    return Ring(
+        rows,
         plgpu.SMEM(
             (stages, config.block_n, plan.block_bytes), packed_dtype, transforms=tiled(min(plan.block_bytes, 128), 1)
         ),
         plgpu.SMEM((stages, config.block_n, SCALES_READ), scales_dtype),
-        plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=plan.copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=stages),
         left,
     )
 
 
 def _adapter_memory(plan: Plan, dtype) -> dict:
-    """What `_Refs.adapter` has."""
+    """What `Refs.adapter` has."""
     if not plan.rank:
         return {}
     shape = (plan.config.block_m, plan.rank)
     return {
         "xa": plgpu.SMEM(shape, dtype, transforms=tiled(swizzle_bytes(plan.rank), 2)),
         "ready": plgpu.Barrier(num_arrivals=plan.warpgroups),
+    }
+
+
+def _exchange_memory(plan: Plan) -> dict:
+    """What `Refs.exchange` has."""
+    if not plan.config.cut:
+        return {}
+    others = plan.warpgroups - 1
+    return {
+        "sums": plgpu.SMEM((others, ROWS, plan.config.cut), jnp.float32),
+        "ready": plgpu.Barrier(num_arrivals=others),
     }
 
 
@@ -275,23 +238,27 @@ def _launch(
     tiles_m, steps = m // config.block_m, k // config.block_k
     tiles, b_stacked = tiles_m * (n // config.block_n), bool(rank) and lora_b.shape[0] > 1
     # Tiles in turn are of whole K, or the rest of it, and have no adapter to wait for.
-    in_turn = config.rest or (not rank and config.split_k == 1 and tiles > programs)
+    in_turn = config.rest or (not rank and config.split_k == 1 and tiles > programs and not config.cut)
     sharing = programs if in_turn else 0
-    plan = Plan(config, steps, group, code, rank, b_stacked, interpret, tiles, tiles_m, sharing)
+    lent = math.ceil(config.block_n / config.block_k)
+    through_ring = out_dtype == x.dtype and config.block_m >= RING_ROWS and lent <= config.stages
+    lent = lent if through_ring else 0
+    whole = programs if config.cut else tiles
+    plan = Plan(config, steps, group, code, rank, b_stacked, interpret, whole, tiles_m, sharing, lent, tiles - whole)
 
     def kernel(*refs):
         arrays, others = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
-        refs, role = _Refs(*arrays, *others), lax.axis_index("warpgroup")
+        refs, role = Refs(*arrays, *others), lax.axis_index("warpgroup")
 
         @pl.when(role == plan.warpgroups)
         def _():
             plgpu.set_max_registers(COPY_REGISTERS[plan.warpgroups], action="decrease")
-            _copy_blocks(plan, refs)
+            _copy(plan, refs)
 
         @pl.when(role < plan.warpgroups)
         def _():
             plgpu.set_max_registers(MULTIPLY_REGISTERS[plan.warpgroups], action="increase")
-            _multiply_blocks(plan, refs)
+            _multiply(plan, refs)
 
     call = plgpu.kernel(
         kernel,
@@ -300,7 +267,11 @@ def _launch(
         grid_names=("program", "split"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=(_ring_memory(plan, x.dtype, packed.dtype, scales.dtype), _adapter_memory(plan, x.dtype)),
+        scratch_types=(
+            _ring_memory(plan, x.dtype, packed.dtype, scales.dtype),
+            _adapter_memory(plan, x.dtype),
+            _exchange_memory(plan),
+        ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -331,9 +302,12 @@ def partial_sums(
     config = replace(config, block_m=min(config.block_m, max(16, tuning.power_of_two(m))))  # it may be of more rows
     config = _fitting(config, 0 if xa is None else xa.shape[-1], code)
     programs = dispatch.current_device().multiprocessors if programs is None else programs
-    rows = math.ceil(m / config.block_m) * config.block_m
-    if rows // config.block_m * (packed.shape[-2] // config.block_n) >= programs:
+    tiles_m = math.ceil(m / config.block_m)
+    rows, tiles = tiles_m * config.block_m, tiles_m * (packed.shape[-2] // config.block_n)
+    if tiles >= programs:
         config = replace(config, rest=0)  # no program is left over
+    if tiles_m > 1 or not can_cut(config, tiles, permuted.shape[1] // config.block_k, programs):
+        config = replace(config, cut=0)
     if packed.ndim == 2:
         packed, scales = packed[None], scales[None]
     if xa is not None:

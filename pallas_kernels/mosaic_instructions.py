@@ -13,6 +13,8 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.codes import PER_BYTE, fast8_levels
 
+PARTS_AT_ONCE = 16
+"""Registers that hold parts while `sum_parts` adds them up, at least one result's."""
 ROWS = 64
 """Rows of weights that one warp group multiplies: the tensor core's smallest left operand."""
 
@@ -220,17 +222,23 @@ def sum_parts(parts, out, threads: int, interpret: bool) -> None:
         def mix(op, value, other):
             return op(value, number(other))
 
-        thread = mix(arith.remui, utils.thread_idx(), threads)
+        thread = mix(arith.remui, thread_index(), threads)
         width = swizzle // 2  # columns of a tile; the tiles of 8 rows follow each other, then those of the next columns
-        for first in range(0, m * rank // 2, threads):
+
+        def place(first: int) -> tuple:
+            """Row and column of this thread's next pair."""
             index = mix(arith.remui, mix(arith.addi, thread, first), m * rank // 2)
-            row, column = mix(arith.divui, index, rank // 2), mix(arith.muli, mix(arith.remui, index, rank // 2), 2)
-            total = None
-            for part in range(count):
-                offset = arith.addi(mix(arith.muli, row, strides[1]), mix(arith.addi, column, part * strides[0]))
-                value = llvm.load(pair, utils.getelementptr(source, [offset], kind))
-                value = value if kind == f32 else arith.extf(pair_f32, value)
-                total = value if total is None else arith.addf(total, value)
+            return mix(arith.divui, index, rank // 2), mix(arith.muli, mix(arith.remui, index, rank // 2), 2)
+
+        def load(row, column, part: int):
+            offset = arith.addi(mix(arith.muli, row, strides[1]), mix(arith.addi, column, part * strides[0]))
+            return llvm.load(pair, utils.getelementptr(source, [offset], kind))
+
+        def store(row, column, values: list) -> None:
+            values = values if kind == f32 else [arith.extf(pair_f32, value) for value in values]
+            total = values[0]
+            for value in values[1:]:
+                total = arith.addf(total, value)
             value = total if result == f32 else arith.truncf(pair_result, total)
             tile = arith.addi(mix(arith.muli, mix(arith.divui, row, 8), rank // width), mix(arith.divui, column, width))
             byte = arith.addi(
@@ -244,6 +252,15 @@ def sum_parts(parts, out, threads: int, interpret: bool) -> None:
             bits = mix(arith.andi, mix(arith.shrui, byte, 7), swizzle // 16 - 1)
             byte = arith.xori(byte, mix(arith.shli, bits, 4))
             llvm.store(value, utils.getelementptr(target, [byte], ir.IntegerType.get_signless(8)))
+
+        # Several loads are on their way at once: the compiler leaves none before a store, which might change what it reads.
+        firsts = list(range(0, m * rank // 2, threads))
+        several = max(1, PARTS_AT_ONCE // count)
+        for batch in (firsts[start : start + several] for start in range(0, len(firsts), several)):
+            places = [place(first) for first in batch]
+            loaded = [[load(*where, part) for part in range(count)] for where in places]
+            for where, values in zip(places, loaded, strict=True):
+                store(*where, values)
 
     add(parts, out)
 

@@ -10,7 +10,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.int4_matmul_mosaic import add_product, dequantized_groups
 from pallas_kernels.mosaic_instructions import ROWS
 from pallas_kernels.mosaic_layer_attention import PIECES, attend, copy_keys_and_values
 from pallas_kernels.mosaic_layer_plan import ATTENTION, Cut, Layer, Operands, Product, Refs, Unit
@@ -26,6 +25,7 @@ from pallas_kernels.mosaic_layer_steps import (
 )
 from pallas_kernels.mosaic_partial_sums import store_sums
 from pallas_kernels.mosaic_product_plan import Plan
+from pallas_kernels.mosaic_product_steps import add_product, dequantized_groups
 from pallas_kernels.mosaic_ring import Slots
 
 BLOCKS_BEFORE = 3

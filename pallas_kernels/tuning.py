@@ -27,7 +27,8 @@ class Int4Config:
     """Blocks of the int4 matmul, and which of its forms.
 
     Of mosaic, 64 of the `block_n` rows of weights are a warp group's, and `warps` counts those that multiply. K is split evenly
-    (`split_k`), or its last `rest` blocks are left to the programs that have no tile of their own (`mosaic_product_plan.py`).
+    (`split_k`), or its last `rest` blocks are left to the programs that have no tile of their own. Tiles that are more than programs are
+    cut into pieces of `cut` rows of x (`mosaic_product_plan.py`).
     """
 
     block_m: int
@@ -38,6 +39,7 @@ class Int4Config:
     warps: int
     stages: int
     rest: int = 0
+    cut: int = 0
 
     @property
     def parts(self) -> int:
@@ -155,10 +157,10 @@ SHARED_BYTES = 227 * 1024
 
 
 def mosaic_stages(config: Int4Config, rank: int, code: str = "int4") -> int:
-    """Slots of the ring that shared memory holds beside an adapter's x A^T of that rank, at most 8; 0: not one."""
+    """Slots of the ring that shared memory holds beside an adapter's x A^T of that rank and sums of a piece, at most 8; 0: not one."""
     m, n, k = config.block_m, config.block_n, config.block_k
-    slot = 2 * m * k + n * k // PER_BYTE[code] + 16 * n
-    return min(8, (SHARED_BYTES - 1024 - 2 * m * rank) // slot)
+    slot, piece = 2 * m * k + n * k // PER_BYTE[code] + 16 * n, 4 * (n - 64) * config.cut
+    return min(8, (SHARED_BYTES - 1024 - 2 * m * rank - piece) // slot)
 
 
 def mosaic_config(

@@ -34,9 +34,9 @@ def configurations() -> Iterator[tuple[str, tuning.Int4Config]]:
         entries = tuning.tuned("NVIDIA H200").get(f"{code}_matmul", [])
         configs = [tuning.Int4Config(**entry["config"]) for entry in entries]
         found |= {(code, config) for config in configs if config.product == tuning.MOSAIC}
-    tiles = {(code, min(c.rest, 1), c.block_m, c.block_n, c.block_k, min(c.split_k, 2)) for code, c in found}
-    for code, rest, *blocks in sorted(tiles):
-        yield code, replace(tuning.mosaic_config(*blocks, code=code), rest=rest)
+    tiles = {(code, min(c.rest, 1), c.cut, c.block_m, c.block_n, c.block_k, min(c.split_k, 2)) for code, c in found}
+    for code, rest, cut, *blocks in sorted(tiles):
+        yield code, replace(tuning.mosaic_config(*blocks, code=code), rest=rest, cut=cut)
 
 
 def layers() -> Iterator[tuple[tuple, tuple[tuning.Int4Config, ...], int]]:
@@ -89,15 +89,16 @@ def compiled(function, *operands) -> dict[str, Any]:
 
 def compiled_product(code: str, config: tuning.Int4Config, rank: int, sharding) -> dict[str, Any]:
     """The kernel for one whole tile of rows and an adapter of that rank."""
-    m = config.block_m
+    # With pieces, a few tiles more than programs.
+    m, n = config.block_m, N if not config.cut else (MULTIPROCESSORS + 8) * config.block_n
     shapes = {
         "x": ((m, K), jnp.bfloat16),
-        "packed": ((LAYERS, N, K // PER_BYTE[code]), DTYPES[code]),
-        "scales": ((LAYERS, N, K // GROUP), jnp.bfloat16),
+        "packed": ((LAYERS, n, K // PER_BYTE[code]), DTYPES[code]),
+        "scales": ((LAYERS, n, K // GROUP), jnp.bfloat16),
         "layer": ((), jnp.int32),
     }
     if rank:
-        shapes |= {"xa": ((2, m, rank), jnp.float32), "lora_b": ((LAYERS, N, rank), jnp.bfloat16)}
+        shapes |= {"xa": ((2, m, rank), jnp.float32), "lora_b": ((LAYERS, n, rank), jnp.bfloat16)}
     operands = {name: jax.ShapeDtypeStruct(*of, sharding=sharding) for name, of in shapes.items()}
 
     def product(x, packed, scales, layer, xa=None, lora_b=None):

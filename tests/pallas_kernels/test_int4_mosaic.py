@@ -129,6 +129,40 @@ def test_programs_without_a_tile_take_the_rest_of_k(programs, rest, m, block_m):
     assert relative_error(out, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "programs", "blocks", "cut", "rank"),
+    [
+        (25, 640, 512, 4, (32, 128, 128, 1), 16, 16),
+        (64, 640, 1024, 4, (64, 128, 128, 1), 32, 0),
+        (60, 768, 768, 5, (64, 128, 128, 1), 32, 32),  # a program without a piece, and results through the ring
+        (5, 1024, 2048, 3, (16, 256, 256, 1), 16, 0),  # too many pieces: all are tiles
+        (96, 384, 512, 4, (32, 128, 128, 1), 16, 0),  # more rows than a tile has: none is cut
+    ],
+)
+def test_tiles_that_are_more_than_programs_are_cut(m, n, k, programs, blocks, cut, rank):
+    """Each program takes a piece behind its tile."""
+    rng = np.random.default_rng(m + n)
+    packed, scales, weight = random_int4(rng, n, k, 64)
+    x, xa, b = rows(rng, m, k), rows(rng, m, rank or 1), rows(rng, n, rank or 1)
+    config = replace(tuning.mosaic_config(*blocks), cut=cut)
+    adapter = (xa[None], b) if rank else (None, None)
+    out = product(x, packed, scales, None, *adapter, config, programs=programs)
+    expected = np.asarray(x, np.float64) @ weight.T
+    if rank:
+        expected = expected + np.asarray(xa, np.float64) @ np.asarray(b, np.float64).T
+    assert relative_error(out, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_results_take_slots_of_the_ring_where_it_has_as_many(stages):
+    """Four slots of 64 rows of x by 64 of K, for four warp groups."""
+    rng = np.random.default_rng(stages)
+    packed, scales, weight = random_int4(rng, 256, 512, 64)
+    x, config = rows(rng, 130, 512), replace(tuning.mosaic_config(64, 256, 64, 1), stages=stages)
+    out = product(x, packed, scales, None, None, None, config, programs=2)
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T) < TOLERANCE
+
+
 @pytest.mark.parametrize(("m", "blocks"), [(5, (16, 128, 128, 1)), (64, (64, 128, 256, 1)), (64, (64, 256, 128, 1))])
 def test_logits_are_whole_sums_in_float32(m, blocks):
     """A head's: K is not split, and nothing is rounded behind the sums of bfloat16 weights."""
