@@ -16,6 +16,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -23,15 +24,17 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 from bench_kernels import GROUP, RANK, SHAPES
+from jax import lax
 from jax.experimental.mosaic.gpu import profiler
-from kernel_timing import CACHE_BYTES, PARTIAL_SUM_BYTES_PER_US, summary, tuned_entry
+from kernel_timing import CACHE_BYTES, PARTIAL_SUM_BYTES_PER_US, PLAIN, summary, tuned_entry
 
 from pallas_kernels import int4_matmul_mosaic, reference, tuning
 from pallas_kernels.codes import PER_BYTE
+from pallas_kernels.mosaic_product_plan import can_cut
 from pallas_kernels.rows import permute_columns
 from pallas_kernels.tuning import Int4Config, mosaic_config
 
-PROGRAMS, MOST = 132, 6
+PROGRAMS, MOST = 132, 8
 """Multiprocessors of an H200, and candidates of a shape that are measured."""
 
 
@@ -51,6 +54,9 @@ def candidates(code: str, m: int, n: int, k: int) -> list[Int4Config]:
         if tiles < PROGRAMS:
             even = steps * (PROGRAMS - tiles) / PROGRAMS
             shares += [replace(whole, rest=rest) for rest in {int(even), int(even) - 1, int(0.8 * even)} if rest > 0]
+        if block_m >= m:
+            cut = [replace(whole, cut=cut) for cut in (8, 16, 32, 64, 128)]
+            shares += [config for config in cut if can_cut(config, tiles, steps, PROGRAMS)][:1]
         for config in shares:
             if config.stages >= 2 and config.fits(m, n, k, GROUP):
                 found[config] = estimate(code, config, m, n, k)
@@ -62,6 +68,7 @@ def estimate(code: str, config: Int4Config, m: int, n: int, k: int) -> float:
     warpgroups, steps = config.block_n // 64, k // config.block_k
     tiles = -(-m // config.block_m) * (n // config.block_n)
     # It takes 64 x 16 weights from registers in no less than 32 cycles, and beside few rows of x, dequantizing shows.
+    piece = config.block_k / 16 * 32 * 0.0007
     tensor_core = warpgroups * config.block_k / 16 * max(32, config.block_m / 2) * 0.0006
     tensor_core *= {16: 1.1, 32: 1.2, 64: 1.6}.get(config.block_m, 1.14)
     copied = config.block_n * (config.block_k / PER_BYTE[code] + 16) + 2 * config.block_m * config.block_k
@@ -69,11 +76,13 @@ def estimate(code: str, config: Int4Config, m: int, n: int, k: int) -> float:
     if config.rest:
         turns = -(-tiles // (PROGRAMS - tiles))
         blocks = max(steps - config.rest, turns * (config.rest + 0.5))
+    elif config.cut:
+        blocks = steps * (1 + piece / block)
     else:
         rounds = 1 if config.split_k > 1 else -(-tiles // PROGRAMS)
         blocks = rounds * -(-steps // config.split_k)
     from_memory = n * k * (1 / PER_BYTE[code] + 2 / GROUP) / 4.3e6
-    return 3.2 + max(blocks * block, from_memory) + parts_us(m, n, config)
+    return 2.8 + max(blocks * block, from_memory) + parts_us(m, n, config)
 
 
 def parts_us(m: int, n: int, config: Int4Config) -> float:
@@ -81,8 +90,9 @@ def parts_us(m: int, n: int, config: Int4Config) -> float:
     return (config.parts - 1) * 2 * m * n / PARTIAL_SUM_BYTES_PER_US
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=PLAIN)
 def inputs(code: str, m: int, n: int, k: int) -> tuple[tuple, jax.Array]:
-    """Random operands of a stack of layers, and the product of layer 1."""
+    """Random operands of a stack of layers, and the product of the last one."""
     per_byte = PER_BYTE[code]
     layers = max(2, -(-CACHE_BYTES // (n * k // per_byte)))
     keys = jax.random.split(jax.random.key(m + n + k), 5)
@@ -91,8 +101,8 @@ def inputs(code: str, m: int, n: int, k: int) -> tuple[tuple, jax.Array]:
     scales = (0.01 * jax.random.uniform(keys[1], (layers, n, k // GROUP), minval=1, maxval=2)).astype(jnp.bfloat16)
     x, xa = jax.random.normal(keys[2], (m, k), jnp.bfloat16), jax.random.normal(keys[3], (1, m, RANK), jnp.bfloat16)
     b = 0.1 * jax.random.normal(keys[4], (layers, n, RANK), jnp.bfloat16)
-    float32 = [a.astype(jnp.float32) for a in (x, xa[0], b[1])]
-    weights = reference.dequantize(packed[1], scales[1], jnp.float32, code)
+    float32 = [a.astype(jnp.float32) for a in (x, xa[0], b[-1])]
+    weights = reference.dequantize(packed[-1], scales[-1], jnp.float32, code)
     expected = jnp.matmul(float32[0], weights.T, precision="highest")
     if code == "int8":
         return (permute_columns(x), packed, scales, None, None), expected
@@ -100,19 +110,21 @@ def inputs(code: str, m: int, n: int, k: int) -> tuple[tuple, jax.Array]:
 
 
 def all_layers(code: str, operands: tuple, config: Int4Config):
-    """The compiled program that runs the kernel once a layer."""
+    """The compiled program that runs the kernel once a layer, and returns what the last one gave."""
 
     def run(x, packed, scales, xa, b):
-        one = int4_matmul_mosaic.partial_sums
-        return [one(x, packed, scales, layer, xa, b, jnp.bfloat16, config, code) for layer in range(packed.shape[0])]
+        def one(layer, _=None):
+            return int4_matmul_mosaic.partial_sums(x, packed, scales, layer, xa, b, jnp.bfloat16, config, code)
+
+        return lax.fori_loop(1, packed.shape[0], one, one(0))
 
     return jax.jit(run).lower(*operands).compile()
 
 
 def measured(program, operands: tuple, expected) -> float | str:
     """Microseconds a kernel, or what is wrong with it."""
-    results, timings = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=3)(*operands)
-    error = float(jnp.linalg.norm(results[1].astype(jnp.float32).sum(0) - expected) / jnp.linalg.norm(expected))
+    result, timings = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=3)(*operands)
+    error = float(jnp.linalg.norm(result.astype(jnp.float32).sum(0) - expected) / jnp.linalg.norm(expected))
     if not error < 1e-2:
         return f"wrong by {error}"
     return statistics.median(1e3 * ms for run in timings for name, ms in run if "mosaic" in name)

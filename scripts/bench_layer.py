@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from bench_kernels import SHAPES
 from jax.experimental.mosaic.gpu import profiler
-from kernel_timing import BANDWIDTH_BYTES_PER_US
+from kernel_timing import BANDWIDTH_BYTES_PER_US, PLAIN
 
 from pallas_kernels import (
     LayerMatrices,
@@ -129,9 +129,6 @@ def reference(tokens: NewTokens, residual: Any, rows: Any, norms: Any, matrices:
     """The rows, by plain products."""
     how: dict[str, Any] = dict(eps=EPS, activation="silu", scale=HEAD**-0.5, implementation="reference")
     return decode_layers(tokens, residual, Rows(rows), norms, matrices, **how)[0]
-
-
-PLAIN = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class Bench:

@@ -15,6 +15,8 @@ from pallas_kernels import tuning
 
 CACHE_BYTES = 256 * 2**20
 """Of a stack of layers that does not fit the L2 cache."""
+PLAIN = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Compiler options of what a kernel is compared with: XLA does not measure ways to multiply, which takes longer than all else."""
 PARTIAL_SUM_BYTES_PER_US = 3e6
 BANDWIDTH_BYTES_PER_US = 4.3e6  # of a copy on an H200, for the bound in the JSON lines only
 
