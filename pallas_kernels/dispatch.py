@@ -150,9 +150,9 @@ def layer_attention_problem(
     return None
 
 
-# Rows above which dequantizing the layer and calling cuBLAS is taken. On an H200 the fused kernel still wins by 1.3 to
-# 1.6 at 256 rows (docs/benchmarks.md), and both should meet near 512. Before Hopper, dequantized weights cost more:
-# there is less memory bandwidth for each FLOP.
+# Rows above which dequantizing the layer and calling cuBLAS is taken. On an H200 the fused kernel wins by 1.3 to 1.6 at 256 rows in
+# Triton's form and by 2.4 to 3.1 in Mosaic's (docs/benchmarks.md); with more rows they were not compared. Before Hopper, dequantized
+# weights cost more: there is less memory bandwidth for each FLOP.
 INT4_CROSSOVER_ROWS = {9: 256, 8: 512}
 
 

@@ -113,12 +113,14 @@ class Plan(NamedTuple):
         return [index * self.warpgroups + block for block in range(self.warpgroups)]
 
     def piece(self) -> tuple:
-        """The first row of x and of weights of this program's piece of the tiles that are left. Where programs are more than pieces, some do the same."""
+        """The first row of x and of weights of this program's piece of the tiles that are left.
+
+        Where programs are more than pieces, two make the same one, to the bit: cheaper than a second kind of program.
+        """
         across = self.config.block_m // self.config.cut
         index = lax.rem(lax.axis_index("program"), jnp.int32(self.left * self.warpgroups * across))
-        return lax.rem(index, across) * self.config.cut, self.tiles * self.config.block_n + lax.div(
-            index, across
-        ) * ROWS
+        row_m, row_n = lax.rem(index, across) * self.config.cut, lax.div(index, across) * ROWS
+        return row_m, self.tiles * self.config.block_n + row_n
 
     def split(self, index, splits: int | None = None) -> tuple:
         """The first block of a K split, of the config's or of so many, and the one after its last."""

@@ -134,13 +134,14 @@ def test_programs_without_a_tile_take_the_rest_of_k(programs, rest, m, block_m):
     [
         (25, 640, 512, 4, (32, 128, 128, 1), 16, 16),
         (64, 640, 1024, 4, (64, 128, 128, 1), 32, 0),
-        (60, 768, 768, 5, (64, 128, 128, 1), 32, 32),  # a program without a piece, and results through the ring
+        (20, 640, 256, 4, (32, 128, 64, 1), 16, 128),  # two products of the adapter
+        (60, 768, 768, 5, (64, 128, 128, 1), 32, 32),  # a piece that two programs make, and results through the ring
         (5, 1024, 2048, 3, (16, 256, 256, 1), 16, 0),  # too many pieces: all are tiles
         (96, 384, 512, 4, (32, 128, 128, 1), 16, 0),  # more rows than a tile has: none is cut
     ],
 )
 def test_tiles_that_are_more_than_programs_are_cut(m, n, k, programs, blocks, cut, rank):
-    """Each program takes a piece behind its tile."""
+    """Each program takes a piece beside its tile."""
     rng = np.random.default_rng(m + n)
     packed, scales, weight = random_int4(rng, n, k, 64)
     x, xa, b = rows(rng, m, k), rows(rng, m, rank or 1), rows(rng, n, rank or 1)
