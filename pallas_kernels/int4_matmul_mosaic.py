@@ -63,7 +63,6 @@ RING_ROWS = 64
 def _copy(plan: Plan, refs: Refs) -> None:
     """Fill the ring for all that the program multiplies."""
     config, share = plan.config, plan.share()
-    rounds = plan.rounds(share)
 
     def copy_tile(tile, used):
         row_m, row_n = plan.place(tile)
@@ -71,7 +70,7 @@ def _copy(plan: Plan, refs: Refs) -> None:
         def block_of_tile(slot, step) -> None:
             fill_slot(plan, refs, slot, [Part(step, row_n, config.block_n, row_m, config.block_m)])
 
-        @pl.loop(0, rounds)
+        @pl.loop(0, plan.rounds(share))
         def _(index):
             if not config.cut:
                 block_of_tile(used + index, share.first + index)
@@ -84,11 +83,11 @@ def _copy(plan: Plan, refs: Refs) -> None:
             fill_slot(plan, refs, slot + len(steps), of_piece)
 
         for lent in range(plan.lent):
-            fill_slot(plan, refs, used + rounds * plan.round + lent, [])
+            fill_slot(plan, refs, used + plan.blocks(share) + lent, [])
 
-    share.each_tile(copy_tile, rounds * plan.round + plan.lent)
+    share.each_tile(copy_tile, plan.slots(share))
     if plan.interpret:  # which asks who fills a ring to wait until it is read
-        used = share.turns * (rounds * plan.round + plan.lent)
+        used = share.turns * plan.slots(share)
         late = pl.loop(jnp.maximum(0, used - config.stages), used)
         late(lambda block: plgpu.barrier_wait(refs.ring.empty.at[lax.rem(block, config.stages)]))
 
@@ -102,12 +101,12 @@ def _multiply(plan: Plan, refs: Refs) -> None:
     def multiply_tile(tile, used):
         pl.run_scoped(partial(_multiply_tile, plan, refs, share, tile, used), *sums)
 
-    share.each_tile(multiply_tile, plan.rounds(share) * plan.round + plan.lent)
+    share.each_tile(multiply_tile, plan.slots(share))
 
 
 def _multiply_tile(plan: Plan, refs: Refs, share: Share, tile, used, sums, piece_sums=None) -> None:
     """A warp group's rows of a tile. A piece's blocks are between the tile's: by themselves, their copies were waited for."""
-    (row_m, row_n), warpgroup, rounds = plan.place(tile), lax.axis_index("warpgroup"), plan.rounds(share)
+    (row_m, row_n), warpgroup = plan.place(tile), lax.axis_index("warpgroup")
     rows_m, rows_n = pl.ds(row_m, plan.config.block_m), pl.ds(row_n + warpgroup * ROWS, ROWS)
     last = plan.rank and keeps_b(plan)
 
@@ -129,10 +128,10 @@ def _multiply_tile(plan: Plan, refs: Refs, share: Share, tile, used, sums, piece
         pl.when(share.part == 0)(lambda: sum_xa(plan, refs, rows_m))
         if not last:
             adapter()
-    multiply_blocks(plan, refs.ring, used, rounds, blocks_of)
+    multiply_blocks(plan, refs.ring, used, plan.rounds(share), blocks_of)
     if last:
         adapter()
-    out, lent = refs.out.at[share.part, rows_m, rows_n], used + rounds * plan.round
+    out, lent = refs.out.at[share.part, rows_m, rows_n], used + plan.blocks(share)
     if plan.lent:
         begin_store(plan, refs.ring, lent, sums[...].astype(refs.out.dtype), out)
     else:
@@ -241,6 +240,7 @@ def _launch(
     in_turn = config.rest or (not rank and config.split_k == 1 and tiles > programs and not config.cut)
     sharing = programs if in_turn else 0
     lent = math.ceil(config.block_n / config.block_k)
+    # All of them are given back at once, so the ring must have as many.
     through_ring = out_dtype == x.dtype and config.block_m >= RING_ROWS and lent <= config.stages
     lent = lent if through_ring else 0
     whole = programs if config.cut else tiles

@@ -38,7 +38,7 @@ class Share(NamedTuple):
     part: Any
     """Of the partial sums: which they are."""
 
-    def each_tile(self, body: Callable[[Any, Any], None], slots) -> None:
+    def each_tile(self, body: Callable[[Any, Any], None], slots: Any) -> None:
         """Call `body` with each tile, and how many slots of the ring the program used before, of so many a tile."""
         if not self.stride:
             body(self.tile, 0)
@@ -107,6 +107,14 @@ class Plan(NamedTuple):
     def rounds(self, share: Share) -> Any:
         """Of a tile."""
         return self.steps // self.warpgroups if self.config.cut else share.last - share.first
+
+    def blocks(self, share: Share) -> Any:
+        """Slots of the ring that are filled for a tile."""
+        return self.rounds(share) * self.round
+
+    def slots(self, share: Share) -> Any:
+        """Of the ring that a tile takes, with those that its results go through."""
+        return self.blocks(share) + self.lent
 
     def steps_of(self, index) -> list:
         """The blocks of K of a round beside a piece."""

@@ -67,7 +67,7 @@ def estimate(code: str, config: Int4Config, m: int, n: int, k: int) -> float:
     """About how many microseconds a product takes: a start and an end, and the blocks that a program multiplies or its bytes, whichever is slower."""
     warpgroups, steps = config.block_n // 64, k // config.block_k
     tiles = -(-m // config.block_m) * (n // config.block_n)
-    # It takes 64 x 16 weights from registers in no less than 32 cycles, and beside few rows of x, dequantizing shows.
+    # About 32 cycles for 64 x 16 weights with few rows of x, beside which dequantizing shows; a piece's block has them for each warp group.
     piece = config.block_k / 16 * 32 * 0.0007
     tensor_core = warpgroups * config.block_k / 16 * max(32, config.block_m / 2) * 0.0006
     tensor_core *= {16: 1.1, 32: 1.2, 64: 1.6}.get(config.block_m, 1.14)
