@@ -150,21 +150,28 @@ def layer_attention_problem(
     return None
 
 
-# Rows above which dequantizing the layer and calling cuBLAS is taken. On an H200 the fused kernel wins by 1.3 to 1.6 at 256 rows in
-# Triton's form and by 2.4 to 3.1 in Mosaic's (docs/benchmarks.md); with more rows they were not compared. Before Hopper, dequantized
-# weights cost more: there is less memory bandwidth for each FLOP.
+# Rows above which dequantizing the layer and calling cuBLAS is taken. On an H200 Triton's form wins by 1.3 to 1.6 at 256 rows
+# (docs/benchmarks.md); with more rows it was not compared. Before Hopper, dequantized weights cost more: there is less memory bandwidth for each FLOP.
 INT4_CROSSOVER_ROWS = {9: 256, 8: 512}
+MOSAIC_CROSSOVER_ROWS = 2048
+"""The same of the Mosaic GPU form. On an H200 it wins by 1.06 to 1.6 at 512 to 2,048 rows, permuting x's columns included; at 4,096 the two are as fast."""
 
 
 INT8_ROWS = 256
 """Rows up to which 8-bit weights are multiplied by their kernel; above, they are dequantized."""
 
 
-def int4_matmul_rule(device: Device, dtype, m: int, k: int, group: int, code: str = "int4") -> str:
-    """Fused while decoding (few rows), dequantize + cuBLAS while training (many rows) and for codes without a kernel."""
+def int4_matmul_rule(
+    device: Device, dtype, m: int, k: int, group: int, code: str = "int4", *, mosaic: bool = False
+) -> str:
+    """Fused for few rows, dequantize + cuBLAS while training (many rows) and for codes without a kernel.
+
+    `mosaic`: the fused kernel would be the Mosaic GPU form, which is faster for more rows.
+    """
     if int4_matmul_problem(device, dtype, k, group, code) is None:
         assert device.capability is not None
-        if m <= INT4_CROSSOVER_ROWS.get(device.capability[0], 256):
+        most = MOSAIC_CROSSOVER_ROWS if mosaic else INT4_CROSSOVER_ROWS.get(device.capability[0], 256)
+        if m <= most:
             return TRITON
     return REFERENCE if dequantize_problem(device, dtype, k, group) else DEQUANTIZE
 

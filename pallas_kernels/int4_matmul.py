@@ -98,10 +98,17 @@ def reads_permuted(
     group, (n, k) = reference.group_size(packed, scales, code), (packed.shape[-2], PER_BYTE[code] * packed.shape[-1])
     if PER_BYTE[code] == 1:
         return has_int8_kernel(m, n, k, group, dtype, scales.dtype)
-    if dispatch.int4_matmul_rule(dispatch.current_device(), dtype, m, k, group, code) != dispatch.TRITON:
-        return False
-    mosaic = dispatch.mosaic_problem(dispatch.current_device(), dtype, scales.dtype, group) is None
-    return tuning.int4_config(m, n, k, group, mosaic=mosaic).product in tuning.READS_PERMUTED
+    rule, product = _int4_rule(m, n, k, group, dtype, scales.dtype, code)
+    return rule == dispatch.TRITON and product in tuning.READS_PERMUTED
+
+
+def _int4_rule(m: int, n: int, k: int, group: int, dtype, scales_dtype, code: str) -> tuple[str, str]:
+    """What `dispatch.int4_matmul_rule` says for M rows and weights [N, K] on this device, and the form of the kernel if it runs."""
+    device = dispatch.current_device()
+    mosaic = dispatch.mosaic_problem(device, dtype, scales_dtype, group) is None
+    product = tuning.int4_config(m, n, k, group, mosaic=mosaic).product
+    mosaic = product == tuning.MOSAIC
+    return dispatch.int4_matmul_rule(device, dtype, m, k, group, code, mosaic=mosaic), product
 
 
 def has_int8_kernel(m: int, n: int, k: int, group: int, dtype, scales_dtype) -> bool:
@@ -135,7 +142,7 @@ def _implementation(x, packed, scales, code: str, implementation: str | None) ->
     return dispatch.resolve(
         "int4_matmul",
         implementation,
-        dispatch.int4_matmul_rule(device, x.dtype, m, k, group, code),
+        _int4_rule(m, n, k, group, x.dtype, scales.dtype, code)[0],
         dispatch.int4_matmul_problem(device, x.dtype, k, group, code),
     )
 

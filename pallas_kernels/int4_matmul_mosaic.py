@@ -125,7 +125,7 @@ def _multiply_tile(plan: Plan, refs: Refs, share: Share, tile, used, sums, piece
 
     if plan.rank:
         b = load_b(plan, refs, rows_n)
-        pl.when(share.part == 0)(lambda: sum_xa(plan, refs, rows_m))
+        pl.when(share.part == 0)(lambda: sum_xa(plan, refs, row_m))
         if not last:
             adapter()
     multiply_blocks(plan, refs.ring, used, plan.rounds(share), blocks_of)
@@ -213,6 +213,21 @@ def _exchange_memory(plan: Plan) -> dict:
     }
 
 
+def _lent(config: tuning.Int4Config, x_dtype, out_dtype) -> int:
+    """`Plan.lent`. All of these slots are given back at once, so the ring must have as many."""
+    slots = math.ceil(config.block_n / config.block_k)
+    through_ring = out_dtype == x_dtype and config.block_m >= RING_ROWS and slots <= config.stages
+    return slots if through_ring else 0
+
+
+def _clips(config: tuning.Int4Config, m: int, x_dtype, out_dtype, interpret: bool) -> bool:
+    """Whether the last tile may have fewer rows: copies by TMA, of eights of rows, leave out what an array does not have.
+
+    What threads store, and the interpreter, needs whole tiles.
+    """
+    return m >= config.block_m and m % 8 == 0 and _lent(config, x_dtype, out_dtype) > 0 and not interpret
+
+
 @partial(jax.jit, static_argnames=("group", "code", "config", "programs", "out_dtype", "interpret"))
 def _launch(
     x,
@@ -229,22 +244,20 @@ def _launch(
     out_dtype,
     interpret: bool,
 ):
-    """[S, M, N] of whole tiles.
+    """[S, M, N].
 
-    x [M, K] permuted, packed [L, N, K/2 or K], scales [L, N, K/G or more], layer int32 [1], xa [P, M, R] and lora_b [L or 1, N, R].
+    x [M, K] permuted, of whole tiles unless `_clips`, packed [L, N, K/2 or K], scales [L, N, K/G or more], layer int32 [1], xa [P, M, R] and
+    lora_b [L or 1, N, R].
     """
     (m, k), n, rank = x.shape, packed.shape[1], 0 if xa is None else xa.shape[-1]
-    tiles_m, steps = m // config.block_m, k // config.block_k
+    tiles_m, steps = math.ceil(m / config.block_m), k // config.block_k
     tiles, b_stacked = tiles_m * (n // config.block_n), bool(rank) and lora_b.shape[0] > 1
     # Tiles in turn are of whole K, or the rest of it, and have no adapter to wait for.
     in_turn = config.rest or (not rank and config.split_k == 1 and tiles > programs and not config.cut)
     sharing = programs if in_turn else 0
-    lent = math.ceil(config.block_n / config.block_k)
-    # All of them are given back at once, so the ring must have as many.
-    through_ring = out_dtype == x.dtype and config.block_m >= RING_ROWS and lent <= config.stages
-    lent = lent if through_ring else 0
-    whole = programs if config.cut else tiles
-    plan = Plan(config, steps, group, code, rank, b_stacked, interpret, whole, tiles_m, sharing, lent, tiles - whole)
+    lent, whole = _lent(config, x.dtype, out_dtype), programs if config.cut else tiles
+    shares = (whole, tiles_m, sharing, lent, tiles - whole)
+    plan = Plan(config, steps, group, code, rank, b_stacked, interpret, *shares, rows=m)
 
     def kernel(*refs):
         arrays, others = (refs[:6], refs[6:]) if rank else ((*refs[:4], None, None), refs[4:])
@@ -303,11 +316,13 @@ def partial_sums(
     config = _fitting(config, 0 if xa is None else xa.shape[-1], code)
     programs = dispatch.current_device().multiprocessors if programs is None else programs
     tiles_m = math.ceil(m / config.block_m)
-    rows, tiles = tiles_m * config.block_m, tiles_m * (packed.shape[-2] // config.block_n)
+    tiles = tiles_m * (packed.shape[-2] // config.block_n)
     if tiles >= programs:
         config = replace(config, rest=0)  # no program is left over
     if tiles_m > 1 or not can_cut(config, tiles, permuted.shape[1] // config.block_k, programs):
         config = replace(config, cut=0)
+    clips = _clips(config, m, permuted.dtype, jnp.dtype(out_dtype), interpret)
+    rows = m if clips else tiles_m * config.block_m
     if packed.ndim == 2:
         packed, scales = packed[None], scales[None]
     if xa is not None:

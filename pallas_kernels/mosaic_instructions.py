@@ -200,15 +200,19 @@ def dequantize(packed, scale, code: str, interpret: bool):
     return dequantized(packed, scale)
 
 
-def sum_parts(parts, out, threads: int, interpret: bool) -> None:
-    """Add up parts [P, M, R] of device memory, in float32, into `out` bfloat16 [M, R] of shared memory; by `threads` threads."""
+def sum_parts(parts, out, threads: int, interpret: bool, last=None) -> None:
+    """Add up parts [P, M, R] of device memory, in float32, into `out` bfloat16 [M, R] of shared memory; by `threads` threads.
+
+    `last`: index of the last row that there is, int32 []; those after it become copies of it. None: all are there.
+    """
     if interpret:
         out[...] = jnp.sum(parts[...].astype(jnp.float32), axis=0).astype(out.dtype)
         return
     (count, m, rank), swizzle = parts.shape, swizzle_bytes(out.shape[1])
+    limit, limit_type = ((), ()) if last is None else ((jnp.int32(last),), (plgpu.Layout.WG_SPLAT,))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiled(swizzle, 2))))
-    def add(_, parts, out):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiled(swizzle, 2)), *limit_type))
+    def add(_, parts, out, *limit):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         kind, result = ir.MemRefType(parts.type).element_type, ir.MemRefType(out.type).element_type
         source, target = utils.memref_ptr(parts), utils.memref_ptr(out)
@@ -231,6 +235,8 @@ def sum_parts(parts, out, threads: int, interpret: bool) -> None:
             return mix(arith.divui, index, rank // 2), mix(arith.muli, mix(arith.remui, index, rank // 2), 2)
 
         def load(row, column, part: int):
+            for most in limit:
+                row = arith.minui(row, most.registers.item())
             offset = arith.addi(mix(arith.muli, row, strides[1]), mix(arith.addi, column, part * strides[0]))
             return llvm.load(pair, utils.getelementptr(source, [offset], kind))
 
@@ -262,7 +268,7 @@ def sum_parts(parts, out, threads: int, interpret: bool) -> None:
             for where, values in zip(places, loaded, strict=True):
                 store(*where, values)
 
-    add(parts, out)
+    add(parts, out, *limit)
 
 
 def swizzle_bytes(columns: int) -> int:

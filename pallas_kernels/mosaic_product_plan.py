@@ -68,6 +68,8 @@ class Plan(NamedTuple):
     """Slots of the ring through which a tile's results go to device memory, behind its blocks."""
     left: int = 0
     """Tiles of the result that are cut into pieces, one a program at most."""
+    rows: int = 0
+    """Of x; 0: whole tiles."""
 
     @property
     def warpgroups(self) -> int:

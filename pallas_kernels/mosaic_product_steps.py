@@ -92,9 +92,11 @@ def _adapter_tiles(plan: Plan) -> list:
     return [pl.ds(column, width) for column in range(0, plan.rank, width)]
 
 
-def sum_xa(plan: Plan, refs: Refs, rows_m) -> None:
-    """Put x A^T into shared memory, of the parts that it comes in."""
-    sum_parts(refs.xa.at[:, rows_m], refs.adapter["xa"], 128 * plan.warpgroups, plan.interpret)
+def sum_xa(plan: Plan, refs: Refs, row_m) -> None:
+    """Put x A^T of a tile into shared memory, of the parts that it comes in."""
+    parts = refs.xa.at[:, pl.ds(row_m, plan.config.block_m)]
+    last = plan.rows - 1 - row_m if plan.rows % plan.config.block_m else None
+    sum_parts(parts, refs.adapter["xa"], 128 * plan.warpgroups, plan.interpret, last)
     plgpu.commit_smem()
     plgpu.barrier_arrive(refs.adapter["ready"])
 

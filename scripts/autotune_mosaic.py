@@ -90,8 +90,8 @@ def parts_us(m: int, n: int, config: Int4Config) -> float:
     return (config.parts - 1) * 2 * m * n / PARTIAL_SUM_BYTES_PER_US
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=PLAIN)
-def inputs(code: str, m: int, n: int, k: int) -> tuple[tuple, jax.Array]:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), compiler_options=PLAIN)
+def inputs(code: str, m: int, n: int, k: int, adapter: bool) -> tuple[tuple, jax.Array]:
     """Random operands of a stack of layers, and the product of the last one."""
     per_byte = PER_BYTE[code]
     layers = max(2, -(-CACHE_BYTES // (n * k // per_byte)))
@@ -104,7 +104,7 @@ def inputs(code: str, m: int, n: int, k: int) -> tuple[tuple, jax.Array]:
     float32 = [a.astype(jnp.float32) for a in (x, xa[0], b[-1])]
     weights = reference.dequantize(packed[-1], scales[-1], jnp.float32, code)
     expected = jnp.matmul(float32[0], weights.T, precision="highest")
-    if code == "int8":
+    if not adapter:
         return (permute_columns(x), packed, scales, None, None), expected
     return (permute_columns(x), packed, scales, xa, b), expected + float32[1] @ float32[2].T
 
@@ -132,7 +132,7 @@ def measured(program, operands: tuple, expected) -> float | str:
 
 def tune(code: str, m: int, n: int, k: int) -> dict | None:
     """The entry of the fastest candidate."""
-    operands, expected = inputs(code, m, n, k)
+    operands, expected = inputs(code, m, n, k, code == "int4")
     plan, best = candidates(code, m, n, k), None
     with ThreadPoolExecutor(8) as pool:
         for config, program in zip(

@@ -87,10 +87,10 @@ def compiled(function, *operands) -> dict[str, Any]:
         return {"ptxas": said.read_text(), "bytes": int(addresses[-1], 16) + 16}
 
 
-def compiled_product(code: str, config: tuning.Int4Config, rank: int, sharding) -> dict[str, Any]:
-    """The kernel for one whole tile of rows and an adapter of that rank."""
+def compiled_product(code: str, config: tuning.Int4Config, rank: int, sharding, extra_rows: int = 0) -> dict[str, Any]:
+    """The kernel for one whole tile of rows, and for a few more, and an adapter of that rank."""
     # With pieces, a few tiles more than programs.
-    m, n = config.block_m, N if not config.cut else (MULTIPROCESSORS + 8) * config.block_n
+    m, n = config.block_m + extra_rows, N if not config.cut else (MULTIPROCESSORS + 8) * config.block_n
     shapes = {
         "x": ((m, K), jnp.bfloat16),
         "packed": ((LAYERS, n, K // PER_BYTE[code]), DTYPES[code]),
@@ -117,6 +117,10 @@ def main() -> None:
         for rank in (0, RANK):
             kernel = compiled_product(code, config, rank, sharding)
             print(json.dumps({"code": code, "rank": rank, **asdict(config), **kernel}))
+    for blocks in ((64, 128, 256, 1), (128, 256, 128, 1), (128, 192, 128, 2), (256, 128, 64, 1)):
+        config = tuning.mosaic_config(*blocks)
+        kernel = compiled_product("int4", config, RANK, sharding, extra_rows=8)
+        print(json.dumps({"code": "int4", "rank": RANK, "extra_rows": 8, **asdict(config), **kernel}))
     for (shapes, configs, depth), apart in itertools.product(layers(), ("", "one", "last")):
         kernel = compiled_layers(shapes, configs, depth, apart, sharding)
         print(json.dumps({"code": "fast8", "layer": shapes, "apart": apart, **asdict(configs[0]), **kernel}))

@@ -36,6 +36,12 @@ def test_int4_matmul_rule(device, dtype, m, group, want):
     assert dispatch.int4_matmul_rule(device, dtype, m, 4096, group) == want
 
 
+@pytest.mark.parametrize(("m", "want"), [(256, "triton"), (257, "triton"), (2048, "triton"), (2049, "dequantize")])
+def test_the_mosaic_form_is_taken_for_more_rows(m, want):
+    assert dispatch.int4_matmul_rule(H100_MOSAIC, jnp.bfloat16, m, 4096, 64, mosaic=True) == want
+    assert dispatch.int4_matmul_rule(H100_MOSAIC, jnp.bfloat16, m, 4096, 64) == ("triton" if m == 256 else "dequantize")
+
+
 def test_mosaic_form_runs_on_hopper():
     for group in (64, 128):
         assert dispatch.mosaic_problem(H100_MOSAIC, jnp.bfloat16, jnp.bfloat16, group) is None

@@ -94,6 +94,16 @@ def test_only_the_wgmma_form_reads_permuted_columns(monkeypatch):
         assert reads_permuted(rows, jnp.bfloat16, packed, scales) == want
 
 
+def test_the_mosaic_form_reads_permuted_columns_of_more_rows(monkeypatch):
+    """Where it takes the shape: groups of 32 are Triton's."""
+    device = dispatch.Device("gpu", (9, 0), True, "a GPU without measured blocks", has_mosaic=True)
+    monkeypatch.setattr(dispatch, "current_device", lambda: device)
+    packed = jnp.zeros((2, 1536, 768), jnp.uint8)
+    for group, rows, want in [(64, 2048, True), (64, 2049, False), (32, 257, False), (32, 256, True)]:
+        scales = jnp.zeros((2, 1536, 1536 // group), jnp.bfloat16)
+        assert reads_permuted(rows, jnp.bfloat16, packed, scales) == want, (group, rows)
+
+
 @pytest.mark.parametrize("stacked_b", [True, False])
 def test_gradients_match_float64(stacked_b):
     rng = np.random.default_rng(2)

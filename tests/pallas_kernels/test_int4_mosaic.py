@@ -220,6 +220,28 @@ def test_adapter_of_the_layer(stacked, split_k, rank, parts):
         assert relative_error(out, np.asarray(x, np.float64) @ weight[layer].T + adapter) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "rank", "parts", "blocks"),
+    [
+        (136, 512, 32, 1, (64, 256, 128, 1)),
+        (200, 384, 96, 3, (128, 192, 128, 2)),
+        (264, 256, 16, 2, (256, 128, 64, 1)),
+        (131, 256, 32, 1, (64, 128, 128, 1)),  # no eights of rows
+        (72, 256, 32, 1, (32, 128, 256, 1)),  # stored by threads, not through the ring
+    ],
+)
+def test_the_last_tile_of_rows_is_not_full(m, n, rank, parts, blocks):
+    """Its copies leave out what x and the result do not have, and x A^T has no more rows either."""
+    rng = np.random.default_rng(m)
+    packed, scales, weight = random_int4(rng, n, 1024, 64)
+    x, b = rows(rng, m, 1024), rows(rng, n, rank)
+    xa = jnp.asarray(rng.normal(size=(parts, m, rank)), jnp.float32)
+    out = product(x, packed, scales, None, xa, b, tuning.mosaic_config(*blocks, rank=rank))
+    assert out.shape == (m, n)
+    adapter = np.asarray(xa, np.float64).sum(0) @ np.asarray(b, np.float64).T
+    assert relative_error(out, np.asarray(x, np.float64) @ weight.T + adapter) < TOLERANCE
+
+
 @pytest.mark.parametrize("rank", [16, 96, 256, 768])
 @pytest.mark.parametrize("block_m", [16, 64, 256])
 def test_a_wide_adapter_gets_its_room_from_the_ring(block_m, rank):
