@@ -1,8 +1,8 @@
 """Block sizes of the kernels: measured ones from `tuned/<device>.json`, else a heuristic.
 
 `scripts/autotune.py` writes the files. A file lists, for each operation, shapes with the fastest configuration; a shape
-that is not listed takes the entry that is nearest in log size among those that fit it. (Of the int4 matmul, the fastest entry of its N and K
-with at least its rows comes first.)
+that is not listed takes the entry that is nearest in log size among those that fit it. (Of the int4 matmul, the entries of its N and K
+come first: `int4_config`.)
 """
 
 import functools
@@ -54,6 +54,14 @@ class Int4Config:
         if self.product == MOSAIC and (n % self.block_n or group < 64):
             return False
         return k % self.block_k == 0 and self.block_k % group == 0 and self.split_k + self.rest <= k // self.block_k
+
+    def most_blocks(self, m: int, n: int, k: int, programs: int) -> int:
+        """Blocks of K that one of so many programs multiplies at most; of mosaic."""
+        steps, tiles = k // self.block_k, math.ceil(m / self.block_m) * (n // self.block_n)
+        if self.rest and tiles < programs:
+            return steps - self.rest
+        rounds = 1 if self.cut and m <= self.block_m else math.ceil(tiles * self.split_k / programs)
+        return rounds * math.ceil(steps / self.split_k)
 
 
 @dataclass(frozen=True)
@@ -138,18 +146,36 @@ def _distance(entry: dict, shape: dict[str, int]) -> float:
 def int4_config(m: int, n: int, k: int, group: int, *, mosaic: bool = False) -> Int4Config:
     """The blocks for x [M, K] @ W [N, K]^T on the current device; `mosaic`: its form may be chosen (`dispatch.mosaic_problem`).
 
-    A shape may have been measured with both, and with more rows, which take no less time: the fastest is taken.
+    A shape may have been measured with both forms, and with other rows: the blocks that should be fastest are taken (`_expected_us`).
     """
     device = dispatch.current_device()
     entries = [e | {"blocks": Int4Config(**e["config"])} for e in tuned(device.name).get("int4_matmul", [])]
     candidates = [e for e in entries if e["blocks"].fits(m, n, k, group) and (mosaic or e["blocks"].product != MOSAIC)]
-    if measured := [e for e in candidates if (e["n"], e["k"]) == (n, k) and e["m"] >= m]:
-        return min(measured, key=lambda e: (e["us"], e["m"]))["blocks"]
+    if measured := [e for e in candidates if (e["n"], e["k"]) == (n, k)]:
+        return min(measured, key=lambda e: (_expected_us(e, m, measured), abs(e["m"] - m)))["blocks"]
     if candidates:
         return min(candidates, key=lambda e: (_distance(e, {"m": m, "n": n, "k": k}), e["us"]))["blocks"]
     if mosaic and (config := mosaic_heuristic(m, n, k)).fits(m, n, k, group) and m > 16:
         return config
     return int4_heuristic(m, n, k, group, hopper=(device.capability or (0, 0)) >= (9, 0))
+
+
+LAUNCH_US = 1.2
+"""Of a kernel that does nothing, on an H200."""
+
+
+def _expected_us(entry: dict, m: int, measured: list[dict], *, multiprocessors: int = 132) -> float:
+    """What the blocks of an entry should take with `m` rows. Where one of these `measured` has them: no longer than with more rows, and unknown with fewer.
+
+    Else as much longer or shorter as a program of mosaic has more or fewer blocks of K; Triton's forms as often as their rows are needed.
+    """
+    us, rows, blocks = entry["us"], entry["m"], entry["blocks"]
+    if any(e["m"] == m for e in measured):
+        return us if rows >= m else math.inf
+    if blocks.product != MOSAIC:
+        return us * math.ceil(m / rows)
+    now, then = (blocks.most_blocks(count, entry["n"], entry["k"], multiprocessors) for count in (m, rows))
+    return LAUNCH_US + (us - LAUNCH_US) * now / then
 
 
 SHARED_BYTES = 227 * 1024

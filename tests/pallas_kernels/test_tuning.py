@@ -180,7 +180,36 @@ def test_blocks_measured_with_more_rows_are_taken_where_they_were_faster(monkeyp
     assert tuning.int4_config(64, 512, 2048, 64, mosaic=True) == slow
     entries[1]["us"] = 9.5
     assert tuning.int4_config(64, 512, 1024, 64, mosaic=True) == slow
-    assert tuning.int4_config(65, 512, 1024, 64, mosaic=True) == fast
+    assert tuning.int4_config(65, 512, 1024, 64, mosaic=True) == slow  # four more tiles, for multiprocessors that have none
+    for entry in entries:
+        entry["n"] = 132 * 128
+    assert tuning.int4_config(65, 132 * 128, 1024, 64, mosaic=True) == fast  # where the other one takes two rounds
+
+
+@pytest.mark.parametrize(
+    ("config", "m", "want"),
+    [
+        (tuning.mosaic_config(64, 128, 128, 1), 64, 8),
+        (tuning.mosaic_config(64, 128, 128, 1), 256, 8 * 2),  # 160 tiles for 132 programs
+        (tuning.mosaic_config(64, 128, 128, 3), 64, 3),
+        (tuning.mosaic_config(64, 128, 128, 3), 128, 3 * 2),
+        (replace(tuning.mosaic_config(64, 128, 128, 1), rest=3), 64, 5),
+        (replace(tuning.mosaic_config(64, 128, 128, 1), rest=3), 256, 8 * 2),  # no program is left over
+        (replace(tuning.mosaic_config(256, 128, 128, 1), cut=16), 256, 8),
+    ],
+)
+def test_blocks_of_the_busiest_program(config, m, want):
+    assert config.most_blocks(m, 40 * 128, 1024, 132) == want
+
+
+def test_rows_between_measured_ones_take_what_should_be_fastest(measured):
+    """1,024 rows of 1536 x 2048: tiles of 256 rows would leave half of the multiprocessors idle, those of 512 rows fill them."""
+    wide, narrow = tuning.mosaic_config(256, 128, 64, 1), tuning.mosaic_config(128, 128, 256, 1)
+    shape = {"n": 2048, "k": 1536}
+    measured += [tuning.as_entry(narrow, m=512, us=8.5, **shape), tuning.as_entry(wide, m=2048, us=20.2, **shape)]
+    assert tuning.int4_config(1024, 2048, 1536, 64, mosaic=True) == narrow
+    assert tuning.int4_config(2048, 2048, 1536, 64, mosaic=True) == wide
+    assert tuning.int4_config(512, 2048, 1536, 64, mosaic=True) == narrow
 
 
 def test_attention_that_reads_the_prompt_in_every_program_is_not_taken_for_fewer_rows(monkeypatch):
