@@ -1,6 +1,6 @@
 """Measure the Mosaic GPU form of the int4 product and write its entries beside those of `autotune.py` (which times Triton's forms).
 
-    python scripts/autotune_mosaic.py [--code int4 int8] [--rows 16 64 256] [--shapes llama-3.1-8b]
+    python scripts/autotune_mosaic.py [--code int4 int8] [--rows 16 64 1024] [--shapes llama-3.1-8b]
 
 Times are the kernel's own, read by CUPTI over a stack of layers that does not fit the L2 cache, of int4 with a LoRA epilogue of rank 32 (8-bit
 weights are copies that have the adapter merged in), plus a charge for reading partial sums as `autotune.py` makes it, of 16 bits here. A configuration
@@ -158,7 +158,7 @@ def main() -> None:
     """Tune, and write the file after every shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--code", nargs="+", default=["int4", "int8"], choices=["int4", "int8"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512])
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--output", type=Path, help="default: pallas_kernels/tuned/<device>.json")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds")
