@@ -88,7 +88,7 @@ def compiled(function, *operands) -> dict[str, Any]:
 
 
 def compiled_product(code: str, config: tuning.Int4Config, rank: int, sharding, extra_rows: int = 0) -> dict[str, Any]:
-    """The kernel for one whole tile of rows, and for a few more, and an adapter of that rank."""
+    """The kernel for one whole tile of rows and so many more, and an adapter of that rank."""
     # With pieces, a few tiles more than programs.
     m, n = config.block_m + extra_rows, N if not config.cut else (MULTIPROCESSORS + 8) * config.block_n
     shapes = {

@@ -180,10 +180,11 @@ def test_blocks_measured_with_more_rows_are_taken_where_they_were_faster(monkeyp
     assert tuning.int4_config(64, 512, 2048, 64, mosaic=True) == slow
     entries[1]["us"] = 9.5
     assert tuning.int4_config(64, 512, 1024, 64, mosaic=True) == slow
-    assert tuning.int4_config(65, 512, 1024, 64, mosaic=True) == slow  # four more tiles, for multiprocessors that have none
+    # With more rows than the first: four more tiles are for multiprocessors that have none, 132 more are a second round.
+    assert tuning.int4_config(65, 512, 1024, 64, mosaic=True) == slow
     for entry in entries:
         entry["n"] = 132 * 128
-    assert tuning.int4_config(65, 132 * 128, 1024, 64, mosaic=True) == fast  # where the other one takes two rounds
+    assert tuning.int4_config(65, 132 * 128, 1024, 64, mosaic=True) == fast
 
 
 @pytest.mark.parametrize(
