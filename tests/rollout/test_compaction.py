@@ -44,16 +44,24 @@ def sample(policy: Policy, prompts: Prompts, limits: np.ndarray, compact: bool, 
     return generate(*policy, prompts, jax.random.key(1), config, **how)
 
 
-def assert_same(one: Rollout, other: Rollout) -> None:
+def assert_same(one: Rollout, other: Rollout, *, int8_cache: bool = False) -> None:
+    """Equal but for the last bits of sums; where the cache rounds to 256 levels, such a bit can be a level, for the rest of a row.
+
+    Which rows meet one depends on the processor, in whose order of sums they differ: of these 40 none on one machine, one on another.
+    """
     for name in ("completion_tokens", "completion_mask", "completion_lengths", "finish"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     for name in ("logprobs", "log_kept"):
-        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=2e-5, err_msg=name)
+        ours, theirs = np.asarray(getattr(one, name)), np.asarray(getattr(other, name))
+        np.testing.assert_allclose(ours, theirs, atol=5e-3 if int8_cache else 2e-5, err_msg=name)
+        differing = np.any(np.abs(ours - theirs) > 2e-5 + 1e-7 * np.abs(theirs), axis=-1)
+        assert differing.sum() <= (4 if int8_cache else 0), name
 
 
 @pytest.mark.parametrize(
     ("settings", "vocab", "last"),
     [
+        ({}, None, (5, 1)),
         (dict(kv_cache="int8"), None, (5, 1)),
         (dict(rollout_weights="bf16", top_p=0.8), None, (5, 1)),
         (dict(rollout_weights="int8"), HEAD_BLOCK, (10, 1)),
@@ -67,7 +75,7 @@ def test_a_long_tail_runs_in_smaller_shapes_and_draws_the_same(
     policy = policy if vocab is None else make_policy(vocab=vocab)
     whole = sample(policy, prompts, LONG_TAIL, False, **settings)
     assert shapes == []
-    assert_same(sample(policy, prompts, LONG_TAIL, True, **settings), whole)
+    assert_same(sample(policy, prompts, LONG_TAIL, True, **settings), whole, int8_cache="kv_cache" in settings)
     assert shapes[0] == (5, 8)
     assert shapes[-1] == last
     assert len(shapes) >= 2
